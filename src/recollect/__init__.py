@@ -1,0 +1,29 @@
+"""recollect: an episodic memory for PyTorch networks."""
+
+from recollect.adaptation import LocalAdaptation, rules
+from recollect.kernels import dot_product, gaussian, inverse_distance
+from recollect.likelihoods import Categorical, Gaussian
+from recollect.mbpa import Explanation, MbPA
+from recollect.memory import Context, EpisodicMemory, ExactIndex
+from recollect.predictors import Mixture, NonParametric, Parametric, neural_cache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Categorical",
+    "Context",
+    "EpisodicMemory",
+    "ExactIndex",
+    "Explanation",
+    "Gaussian",
+    "LocalAdaptation",
+    "MbPA",
+    "Mixture",
+    "NonParametric",
+    "Parametric",
+    "dot_product",
+    "gaussian",
+    "inverse_distance",
+    "neural_cache",
+    "rules",
+]

@@ -1,0 +1,92 @@
+"""``Head``: a module seen as a pure function of its parameters and its input.
+
+The function always computes what the module computes in evaluation mode, whatever mode the module is in, and changes
+nothing of it: it runs an empty shell of the module with the live parameters put in for one call.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from recollect.errors import HeadError
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Head:
+    """The output network g as a function ``g(params, keys) -> outputs``.
+
+    Args:
+        module: Maps keys ``(*batch, d)`` to outputs ``(*batch, c)``, each row by itself.
+
+    Raises:
+        HeadError: If the module holds something that cannot be adapted query by query, by the submodule's name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        _check(module)
+        # deepcopy takes what its memo already holds, so the shell gets empty tensors instead of copies.
+        memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+        memo.update((id(b), b.to("meta")) for b in module.buffers())
+        self._shell = copy.deepcopy(module, memo).eval()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Returns the live parameters by name, detached."""
+        return {name: p.detach() for name, p in self.module.named_parameters()}
+
+    def __call__(self, params: dict[str, Tensor], keys: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:
+        """Returns the outputs with ``params`` in place of the module's own parameters of these names."""
+        state: dict[str, Tensor] = dict(self.module.named_parameters())
+        state.update(self.module.named_buffers())
+        state.update(params)
+        return functional_call(self._shell, state, (keys,))
+
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype in which the module computes (float32 if it has no parameters)."""
+        return next((p.dtype for p in self.module.parameters()), torch.float32)
+
+    def select(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Returns the names of the parameters that adapt: those named, or inside a submodule named; all for None.
+
+        Raises:
+            HeadError: If a name matches nothing, or the head has no parameters.
+        """
+        present = [name for name, _ in self.module.named_parameters()]
+        if not present:
+            raise HeadError(
+                f"the head ({type(self.module).__name__}) has no parameters, so nothing can adapt. "
+                "Pass the network's last layers as the head, or use NonParametric."
+            )
+        if names is None:
+            return tuple(present)
+        for name in names:
+            if not any(_inside(p, name) for p in present):
+                raise HeadError(f"the head has no parameter or submodule {name!r}. Its parameters: {present}.")
+        return tuple(p for p in present if any(_inside(p, name) for name in names))
+
+
+def _inside(parameter: str, name: str) -> bool:
+    return parameter == name or parameter.startswith(name + ".")
+
+
+def _check(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        where = f"submodule {name!r}" if name else "the head itself"
+        if isinstance(part, _RECURRENT):
+            raise HeadError(
+                f"{where} is a {type(part).__name__}: a recurrent layer maps sequences, while a head maps single keys. "
+                "Leave it in the embedding network and pass its output as the key."
+            )
+        if isinstance(part, _BATCH_STATISTICS) and part.running_mean is None:
+            raise HeadError(
+                f"{where} is a {type(part).__name__} without running statistics: its output for one key depends on "
+                "the other keys of the batch. Use track_running_stats=True, or LayerNorm."
+            )
+        for kind, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if nn.parameter.is_lazy(tensor):
+                raise HeadError(f"{kind!r} of {where} has no shape yet. Run the network once before wrapping it.")

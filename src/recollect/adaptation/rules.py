@@ -1,0 +1,150 @@
+"""Update rules as pairs of pure functions: ``init(params) -> state``, ``update(...) -> (delta, state)``.
+
+Parameters, gradients and states are dictionaries of tensors. A rule knows nothing of networks or batches, so the same
+rule drives one head, a thousand heads side by side, or a meta-learner. The elementwise ones below are held to
+``torch.optim`` by the tests.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from recollect.errors import SettingError
+
+Params = dict[str, Tensor]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A pair of pure functions that turns gradients into changes of the parameters."""
+
+    def init(self, params: Params) -> Any:
+        """Returns the state before the first step."""
+        ...
+
+    def update(self, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        """Returns what to add to the parameters, and the next state.
+
+        Args:
+            grads: The gradient of the loss, a tensor for each parameter.
+            state: What ``init`` or the last ``update`` returned.
+            params: The parameters at which the gradient was taken.
+            loss: The loss there; elementwise rules ignore it, learned rules read it.
+        """
+        ...
+
+
+def _check(**settings: float) -> None:
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise SettingError(f"{name} must be a finite number of at least 0, got {value}.")
+        if name not in {"rate", "epsilon"} and value >= 1:
+            raise SettingError(f"{name} must be below 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class sgd:  # reads as a function where it is used
+    """Gradient descent: ``m <- momentum * m + g``, ``delta = -rate * m``.
+
+    Paper: Eq. (4) with ``rate`` = alpha_M.
+
+    Args:
+        rate: The step size.
+        momentum: How much of the last change is kept (0 is plain gradient descent).
+
+    Raises:
+        SettingError: If ``rate`` is negative or ``momentum`` is not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> rule = sgd(rate=0.1)
+        >>> w = {"w": torch.tensor([1.0])}
+        >>> rule.update({"w": torch.tensor([2.0])}, rule.init(w), w, torch.tensor(0.0))[0]["w"]
+        tensor([-0.2000])
+    """
+
+    rate: float
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(rate=self.rate, momentum=self.momentum)
+
+    def init(self, params: Params) -> Params:
+        return {name: torch.zeros_like(p) for name, p in params.items()} if self.momentum else {}
+
+    def update(self, grads: Params, state: Params, params: Params, loss: Tensor) -> tuple[Params, Params]:
+        if not self.momentum:
+            return {name: -self.rate * g for name, g in grads.items()}, state
+        state = {name: self.momentum * state[name] + g for name, g in grads.items()}
+        return {name: -self.rate * m for name, m in state.items()}, state
+
+
+@dataclass(frozen=True)
+class rmsprop:
+    """RMSprop: ``s <- decay * s + (1 - decay) g^2``, ``delta = -rate * g / (sqrt(s) + epsilon)``.
+
+    Paper: Section 4.2 (the rule of the ImageNet experiments; its settings are not stated).
+
+    Args:
+        rate: The step size. The first step moves every parameter by about ``rate / sqrt(1 - decay)``.
+        decay: The memory of the squared gradients (0.99 is ``torch.optim``'s default).
+        epsilon: Keeps the division finite (1e-8 is ``torch.optim``'s default).
+
+    Raises:
+        SettingError: If a setting is negative, or ``decay`` is not below 1.
+    """
+
+    rate: float
+    decay: float = 0.99
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check(rate=self.rate, decay=self.decay, epsilon=self.epsilon)
+
+    def init(self, params: Params) -> Params:
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def update(self, grads: Params, state: Params, params: Params, loss: Tensor) -> tuple[Params, Params]:
+        state = {name: self.decay * state[name] + (1 - self.decay) * g.square() for name, g in grads.items()}
+        return {name: -self.rate * g / (state[name].sqrt() + self.epsilon) for name, g in grads.items()}, state
+
+
+@dataclass(frozen=True)
+class adam:
+    """Adam (Kingma and Ba, 2014) with bias correction.
+
+    Args:
+        rate: The step size. The first step moves every parameter by about ``rate``.
+        beta1: The memory of the gradients (0.9 is the paper's default).
+        beta2: The memory of the squared gradients (0.999 is the paper's default).
+        epsilon: Keeps the division finite (1e-8 is the paper's default).
+
+    Raises:
+        SettingError: If a setting is negative, or a beta is not below 1.
+    """
+
+    rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check(rate=self.rate, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon)
+
+    def init(self, params: Params) -> tuple[int, Params, Params]:
+        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+        return 0, zeros, zeros
+
+    def update(
+        self, grads: Params, state: tuple[int, Params, Params], params: Params, loss: Tensor
+    ) -> tuple[Params, tuple[int, Params, Params]]:
+        step, first, second = state[0] + 1, state[1], state[2]
+        first = {name: self.beta1 * first[name] + (1 - self.beta1) * g for name, g in grads.items()}
+        second = {name: self.beta2 * second[name] + (1 - self.beta2) * g.square() for name, g in grads.items()}
+        size = self.rate / (1 - self.beta1**step)
+        scale = math.sqrt(1 - self.beta2**step)
+        delta = {name: -size * m / (second[name].sqrt() / scale + self.epsilon) for name, m in first.items()}
+        return delta, (step, first, second)

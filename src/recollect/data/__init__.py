@@ -1,0 +1,7 @@
+"""Data sets and streams of tasks."""
+
+from recollect.data.datasets import Dataset, digits, mnist
+from recollect.data.fetch import data_folder, fetch
+from recollect.data.streams import Task, permuted
+
+__all__ = ["Dataset", "Task", "data_folder", "digits", "fetch", "mnist", "permuted"]

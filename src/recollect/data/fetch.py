@@ -1,0 +1,61 @@
+"""Where data sets come from: a folder of yours first, then the cache, then the canonical address."""
+
+import os
+from pathlib import Path
+
+from recollect.errors import MissingDataError, MissingExtraError
+
+# file -> (canonical address, SHA-256)
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FILES = {
+    "mnist/train-images-idx3-ubyte.gz": (_MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+    "mnist/train-labels-idx1-ubyte.gz": (_MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+    "mnist/t10k-images-idx3-ubyte.gz": (_MNIST, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+    "mnist/t10k-labels-idx1-ubyte.gz": (_MNIST, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+}
+
+
+def data_folder() -> Path | None:
+    """Returns the folder named by ``RECOLLECT_DATA``, else ``../shared/data`` where that exists, else None."""
+    named = os.environ.get("RECOLLECT_DATA")
+    if named:
+        return Path(named)
+    shared = Path("..", "shared", "data")
+    return shared if shared.is_dir() else None
+
+
+def fetch(name: str) -> Path:
+    """Returns the path of a data file, downloading it into the cache where it is not at hand.
+
+    The data folder is read in place and never written. The cache is ``RECOLLECT_CACHE``, or the platform's cache
+    folder. A download is checked against its SHA-256 before it counts.
+
+    Args:
+        name: Such as ``"mnist/train-images-idx3-ubyte.gz"``; see ``FILES``.
+
+    Raises:
+        MissingDataError: If there is no such file, or it cannot be downloaded.
+        MissingExtraError: If a download is needed and pooch is not installed.
+    """
+    if name not in FILES:
+        raise MissingDataError(f"no data file is called {name!r}. There are: {', '.join(FILES)}.")
+    folder = data_folder()
+    if folder is not None and (folder / name).is_file():
+        return folder / name
+    try:
+        import pooch
+    except ImportError as error:
+        raise MissingExtraError(
+            f"downloading {name} needs pooch: pip install 'recollect[experiments]'. Or put the file into the folder "
+            "that RECOLLECT_DATA names."
+        ) from error
+    base, sha256 = FILES[name]
+    cache = Path(os.environ.get("RECOLLECT_CACHE") or pooch.os_cache("recollect")) / Path(name).parent
+    try:
+        path = pooch.retrieve(base + Path(name).name, known_hash=f"sha256:{sha256}", path=cache, fname=Path(name).name)
+    except (OSError, ValueError) as error:  # no network, no space, or a file with another checksum
+        raise MissingDataError(
+            f"{name} is not in RECOLLECT_DATA ({folder or 'not set'}) nor in {cache}, and downloading it from {base} "
+            f"failed: {error}. Download it by hand and set RECOLLECT_DATA to the folder that holds {name}."
+        ) from error
+    return Path(path)

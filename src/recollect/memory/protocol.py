@@ -1,0 +1,53 @@
+"""What a predictor may ask of a memory, and what it gets back."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from recollect.kernels import Kernel, inverse_distance
+
+
+class Context(NamedTuple):
+    """The neighbors of each query: ``C = {(h_k, v_k, w_k)}`` of Section 2.
+
+    ``k`` is the number of neighbors asked for or the number of entries, whichever is smaller, sorted from near to
+    far; of equally near entries the older comes first. Where ``before=`` hides so much that a query has fewer
+    neighbors, the places left over have slot -1, weight 0 and infinite distance.
+    """
+
+    keys: Float[Tensor, "*b k d"]
+    """The neighbors' keys, float32 (float64 in a float64 memory)."""
+    values: Shaped[Tensor, "..."]
+    """The neighbors' values as they were written, ``(*b, k, *value_shape)``."""
+    weights: Float[Tensor, "*b k"]
+    """The kernel's weights, normalized to sum to one over the neighbors."""
+    distances: Float[Tensor, "*b k"]
+    """Squared Euclidean distances."""
+    slots: Int[Tensor, "*b k"]
+    """Where the entries lie in the memory."""
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """All that ``MbPA`` and the other predictors know of a memory."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def write(self, keys: Shaped[Tensor, "*b d"], values: Shaped[Tensor, "..."]) -> Int[Tensor, " n"]: ...
+
+    def read(
+        self,
+        queries: Shaped[Tensor, "*b d"],
+        neighbors: int | None,
+        *,
+        kernel: Kernel = inverse_distance(epsilon=1e-3),
+        before: int | Int[Tensor, "*b"] | None = None,
+    ) -> Context: ...
+
+    def forget(self, slots: int | Int[Tensor, "..."]) -> None: ...
+
+    def clear(self) -> None: ...

@@ -1,0 +1,218 @@
+"""The predictors that ``MbPA`` is measured against and mixed with.
+
+Each is a layer that maps keys ``(*batch, d)`` to log-probabilities ``(*batch, classes)``, or to a mean for
+regression, and each is a choice of the adaptation A(theta, C): none at all (``Parametric``), or a constant fitted to
+the neighbors in closed form (``NonParametric``).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from recollect.adaptation import Head
+from recollect.errors import SettingError, ShapeError
+from recollect.kernels import Kernel, dot_product, inverse_distance
+from recollect.likelihoods import Categorical, Likelihood
+from recollect.memory import Memory
+
+_BUDGET = 128 * 2**20  # bytes that one chunk of queries reads from the memory
+
+Before = int | Int[Tensor, "*b"] | None
+
+
+class Predictor(Protocol):
+    """What ``Mixture`` needs of its components."""
+
+    likelihood: Likelihood
+
+    def __call__(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]: ...
+
+
+def in_chunks(
+    predict: Callable[[Tensor, Before], Tensor], keys: Float[Tensor, "*b d"], before: Before, bytes_per_query: int
+) -> Float[Tensor, "*b c"]:
+    """Applies ``predict`` to a few queries at a time, without gradients and outside of autocast.
+
+    Autocast around the call must not change the result, and a batch of any size must not need more memory.
+    """
+    if keys.dim() == 0:
+        raise ShapeError("keys must have shape (*, key_size), got a single number.")
+    batch = keys.shape[:-1]
+    flat = keys.detach().reshape(-1, keys.shape[-1])
+    limits = torch.as_tensor(before, device=keys.device).expand(batch).reshape(-1) if before is not None else None
+    rows = max(1, _BUDGET // bytes_per_query)
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+        parts = []
+        for start in range(0, max(1, len(flat)), rows):
+            limit = None if limits is None else limits[start : start + rows]
+            parts.append(predict(flat[start : start + rows], limit))
+    outputs = torch.cat(parts)
+    return outputs.reshape(*batch, outputs.shape[-1])
+
+
+class Parametric(nn.Module):
+    """The head by itself.
+
+    Paper: Eq. (1). Like every predictor it computes what the head computes in evaluation mode.
+
+    Args:
+        head: Maps keys ``(*batch, d)`` to outputs ``(*batch, c)``.
+        likelihood: What outputs say about values.
+
+    Raises:
+        HeadError: If the head is no function of single keys.
+
+    Example:
+        >>> import torch
+        >>> Parametric(torch.nn.Linear(4, 3))(torch.zeros(2, 4)).exp().sum(-1).allclose(torch.ones(2))
+        True
+    """
+
+    def __init__(self, head: nn.Module, *, likelihood: Likelihood = Categorical()) -> None:
+        super().__init__()
+        self.head = head
+        self.likelihood = likelihood
+        self._head = Head(head)
+
+    def forward(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]:
+        """Returns the head's prediction; ``before`` is accepted and has no effect, as there is no memory."""
+        with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+            return self.likelihood.predict(self._head({}, keys.to(self._head.dtype())))
+
+
+class NonParametric(nn.Module):
+    """The neighbors' weighted vote (or mean): attention, and k-NN with a kernel.
+
+    Paper: Eq. (9) and (10), Appendix E: the constant that fits the neighborhood best. A class that no neighbor has
+    gets probability 0; a query without neighbors gets the uniform distribution (labels) or an error (regression).
+
+    Args:
+        memory: Where the neighbors come from.
+        classes: The number of classes; needed for labels only.
+        neighbors: How many neighbors vote; all entries when None.
+        kernel: How they are weighted.
+        likelihood: ``Categorical()`` for labels, ``Gaussian()`` for regression.
+
+    Raises:
+        SettingError: If ``classes`` is missing for labels, or ``neighbors`` is not a positive whole number.
+
+    Example:
+        >>> import torch
+        >>> from recollect import EpisodicMemory
+        >>> memory = EpisodicMemory(capacity=10, key_size=2)
+        >>> slots = memory.write(torch.eye(2), torch.tensor([0, 1]))
+        >>> NonParametric(memory, classes=2, neighbors=1)(torch.tensor([0.9, 0.1])).exp()
+        tensor([1., 0.])
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        classes: int | None = None,
+        neighbors: int | None,
+        kernel: Kernel = inverse_distance(epsilon=1e-3),
+        likelihood: Likelihood = Categorical(),
+    ) -> None:
+        super().__init__()
+        if isinstance(likelihood, Categorical) and (classes is None or classes < 1):
+            raise SettingError(f"a vote over labels needs the number of classes, got classes={classes}.")
+        if neighbors is not None and (isinstance(neighbors, bool) or neighbors < 1):
+            raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
+        self.memory = memory
+        self.classes = classes
+        self.neighbors = neighbors
+        self.kernel = kernel
+        self.likelihood = likelihood
+
+    def forward(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]:
+        """Predicts from the neighbors alone.
+
+        Args:
+            keys: The queries, ``(*batch, key_size)``.
+            before: Only memories with a write time below this are used; see ``EpisodicMemory.read``.
+
+        Returns:
+            Log-probabilities ``(*batch, classes)``, or for ``Gaussian`` the mean.
+
+        Raises:
+            LabelError: If a retrieved label is not below ``classes``.
+            EmptyMemoryError: For regression, if a query sees no entry.
+        """
+        size = 64 * len(self.memory) if self.neighbors is None else 4 * self.neighbors * keys.shape[-1]
+        return in_chunks(self._predict, keys, before, max(1, size))
+
+    def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
+        context = self.memory.read(keys, self.neighbors, kernel=self.kernel, before=before)
+        if self.classes is not None:
+            self.likelihood.check_values(context.values, self.classes)
+        return self.likelihood.fit_constant(context.values, context.weights, self.classes)
+
+
+def neural_cache(memory: Memory, *, classes: int, flatness: float = 0.3) -> NonParametric:
+    """Returns the continuous cache of Grave et al. (2016): all entries vote with weight ``exp(flatness * q.h)``.
+
+    Args:
+        memory: The window of recent (hidden state, next word) pairs.
+        classes: The size of the vocabulary.
+        flatness: The inverse temperature theta (0.3 is the value of the paper's PTB model).
+
+    Example:
+        >>> import torch
+        >>> from recollect import EpisodicMemory
+        >>> memory = EpisodicMemory(capacity=10, key_size=2)
+        >>> slots = memory.write(torch.eye(2), torch.tensor([0, 1]))
+        >>> neural_cache(memory, classes=2, flatness=0.0)(torch.ones(2)).exp()
+        tensor([0.5000, 0.5000])
+    """
+    return NonParametric(memory, classes=classes, neighbors=None, kernel=dot_product(flatness))
+
+
+class Mixture(nn.Module):
+    """A convex combination of predictors.
+
+    Paper: Eq. (5), ``p = lambda p_param + (1 - lambda) p_mem``, for any number of components. For regression it is
+    the combination of the means.
+
+    Args:
+        components: Two or more predictors over the same classes.
+        weights: One weight for each, non-negative and summing to one.
+
+    Raises:
+        SettingError: If the weights are not that, or the components mix labels with regression.
+
+    Example:
+        >>> import torch
+        >>> a, b = (Parametric(torch.nn.Linear(4, 3)) for _ in range(2))
+        >>> Mixture(a, b, weights=(0.25, 0.75))(torch.zeros(4)).exp().sum().allclose(torch.tensor(1.0))
+        True
+    """
+
+    def __init__(self, *components: Predictor, weights: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(components) < 1 or len(weights) != len(components):
+            raise SettingError(f"each of the {len(components)} components needs one weight, got {len(weights)}.")
+        if not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
+            raise SettingError(f"weights must be non-negative and sum to one, got {tuple(weights)}.")
+        if len({type(component.likelihood) for component in components}) > 1:
+            raise SettingError("the components must all predict labels or all predict means; these mix the two.")
+        self.components = nn.ModuleList(components)  # type: ignore[arg-type]
+        self.weights = tuple(float(w) for w in weights)
+        self.likelihood = components[0].likelihood
+
+    def forward(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]:
+        """Returns the mixture's log-probabilities, or for regression its mean.
+
+        Args:
+            keys: The queries, ``(*batch, key_size)``.
+            before: Handed on to every component.
+        """
+        outputs = torch.stack([component(keys, before=before) for component in self.components])
+        weights = outputs.new_tensor(self.weights).view(-1, *(1,) * (outputs.dim() - 1))
+        if isinstance(self.likelihood, Categorical):
+            return (outputs + weights.log()).logsumexp(0)
+        return (outputs * weights).sum(0)
