@@ -1,0 +1,142 @@
+"""The command line: ``recollect demo | reproduce | list | show``.
+
+An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
+"""
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recollect.errors import MissingExtraError, RecollectError, SettingError
+
+
+class Experiment(NamedTuple):
+    """An experiment's name on the command line, what it shows, and where its code is."""
+
+    name: str
+    summary: str
+    module: str
+    config: str
+
+
+EXPERIMENTS = (
+    Experiment("figure2", "regression: what adapting the network to the neighbors does", "figure2", "Figure2"),
+    Experiment("figure3", "permuted MNIST: 20 tasks in sequence, a small memory", "figure3", "Figure3"),
+    Experiment("figure3-tuning", "the grid behind figure3's settings", "figure3_tuning", "Figure3Tuning"),
+)
+
+_USAGE = """recollect: episodic memory for PyTorch networks
+
+  recollect demo                  a network that does not forget, on real digits, in under a minute
+  recollect reproduce NAME        a table or figure of the paper; --help after the name lists its settings
+  recollect list                  the names
+  recollect show DIR              the table of a finished run
+
+Each run writes its settings, results, table and figure into the folder given by --out, and goes on where it was
+when it is started again."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns the exit status."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("\nrecollect: stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: `recollect list | head -1`
+        sys.stderr.close()
+        return 141
+    except (RecollectError, OSError) as error:
+        print(f"recollect: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, RecollectError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}. Make room or choose another folder with --out."
+    return " ".join(str(error).split())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    if command in {"--help", "-h", "help"}:
+        print(_USAGE)
+    elif command == "--version":
+        from recollect import __version__
+
+        print(__version__)
+    elif command == "demo":
+        _run("demo", "Demo", rest, "recollect demo")
+    elif command == "list":
+        _refuse_more(rest)
+        for experiment in EXPERIMENTS:
+            print(f"{experiment.name:16}{experiment.summary}")
+    elif command == "show":
+        _show(rest)
+    elif command == "reproduce":
+        _reproduce(rest)
+    else:
+        raise SettingError(f"there is no command {command!r}. There are: demo, reproduce, list, show.")
+    return 0
+
+
+def _refuse_more(rest: list[str]) -> None:
+    if rest:
+        raise SettingError(f"unexpected argument {rest[0]!r}.")
+
+
+def _reproduce(rest: list[str]) -> None:
+    names = ", ".join(experiment.name for experiment in EXPERIMENTS)
+    if not rest or rest[0] in {"--help", "-h"}:
+        print(f"usage: recollect reproduce NAME [--scale smoke|small|paper] [--out DIR] ...\n\nNAME: {names}")
+        return
+    for experiment in EXPERIMENTS:
+        if experiment.name == rest[0]:
+            _run(experiment.module, experiment.config, rest[1:], f"recollect reproduce {rest[0]}")
+            return
+    raise SettingError(f"there is no experiment {rest[0]!r}. There are: {names}.")
+
+
+def _run(module: str, config: str, rest: list[str], program: str) -> None:
+    experiment = importlib.import_module(f"recollect.experiments.{module}")
+    settings = _parse(getattr(experiment, config), rest, program)
+    run: Callable[[Any], str] = experiment.run
+    print(run(settings), end="")
+    print(f"\nWritten to {settings.out}: {', '.join(sorted(p.name for p in Path(settings.out).glob('*.*')))}")
+
+
+def _parse(config: type, rest: list[str], program: str) -> Any:
+    """Reads the flags of an experiment; each field of its dataclass is one."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise MissingExtraError("experiments need more packages: pip install 'recollect[experiments]'.") from error
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, args=rest, prog=program)
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        # tyro draws a box, of "│" or "|" as the terminal can; its part above the rule is the message.
+        lines = [line.strip("│| ") for line in complaint.getvalue().splitlines() if line[:1] in {"│", "|"}]
+        rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
+        raise SettingError(f"{' '.join(lines[:rule])} See {program} --help.") from error
+
+
+def _show(rest: list[str]) -> None:
+    if len(rest) != 1:
+        raise SettingError("show needs one folder: recollect show DIR.")
+    table = Path(rest[0]) / "table.md"
+    if not table.is_file():
+        raise SettingError(f"{rest[0]} holds no finished run: there is no {table.name}. Name the --out of a run.")
+    print(table.read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""A run of an experiment: a folder that records the settings, every result as it comes, a table and a figure.
+
+    config.json     the settings, the command and the versions that made the results
+    results.jsonl   one line for each result, appended and synced as it is measured
+    table.md        the table
+    figure.png      the picture
+
+A run that was stopped goes on where it was: what ``results.jsonl`` holds is not measured again.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from recollect.errors import FormatError, SettingError
+
+_SECONDS_BETWEEN_LINES = 20.0  # of the progress display where the output is no terminal
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+        folder: Where it is; created if need be.
+        settings: What determines the results. A folder that holds results of other settings is refused.
+
+    Raises:
+        SettingError: If the folder belongs to another run.
+        FormatError: If its files are not those of a run.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._results = folder / "results.jsonl"
+        self.rows = read_rows(self._results)
+        plain = json.loads(json.dumps(settings))
+        config = folder / "config.json"
+        if config.exists() and self.rows:
+            try:
+                before = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise FormatError(f"{config} is not the record of a run. Choose another folder with --out.") from error
+            other = sorted(k for k in plain.keys() | before.keys() if plain.get(k) != before.get(k))
+            if other:
+                what = ", ".join(f"{k}={before.get(k)} there, {plain.get(k)} asked" for k in other)
+                raise SettingError(f"{folder} holds a run with other settings ({what}). Choose another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+        command = shlex.join(["recollect", *sys.argv[1:]])
+        record = {"command": command, "settings": plain, "versions": versions, "threads": torch.get_num_threads()}
+        write_text(config, json.dumps(record, indent=2) + "\n")
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """Returns the row with these entries, or None if it has not been measured."""
+        wanted = key.items()
+        return next((row for row in self.rows if wanted <= row.items()), None)
+
+    def add(self, **row: Any) -> None:
+        """Appends a row and syncs it to disk."""
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+
+    def write_table(self, text: str) -> None:
+        """Writes table.md."""
+        write_text(self.folder / "table.md", text)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads results.jsonl and cuts off a last line that a kill left half-written.
+
+    Raises:
+        FormatError: If any other line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise FormatError(f"line {number} of {path} is no JSON. Repair or delete the file.") from error
+        if not isinstance(row, dict):
+            raise FormatError(f"line {number} of {path} is no JSON object. Repair or delete the file.")
+        rows.append(row)
+    if len(whole) < len(data):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    return rows
+
+
+class Progress:
+    """A live bar with the time left; plain lines now and then where the output is no terminal.
+
+    Args:
+        total: The amount of work, in any unit.
+        title: What is being done.
+    """
+
+    def __init__(self, total: float, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")),
+            *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(title, total=total)
+        self._total = total
+        self._title = title
+        self._done = 0.0
+        self._skipped = 0.0
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def skip(self, amount: float) -> None:
+        """Counts work that an earlier run has done, without taking it for speed."""
+        self._done += amount
+        self._skipped += amount
+        self._bar.update(self._task, completed=self._done)
+
+    def advance(self, amount: float, title: str | None = None) -> None:
+        """Counts work done."""
+        self._title = title or self._title
+        self._done += amount
+        self._bar.update(self._task, completed=self._done, description=self._title)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = now
+            speed = (self._done - self._skipped) / (now - self._start)
+            left = (self._total - self._done) / speed if speed else 0.0
+            print(f"{self._title}: {self._done / self._total:.0%}, {left / 60:.1f} min left", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: real processes, exit statuses, one clear line for every error."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recollect.cli import main
+
+
+def recollect(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "recollect", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        **settings,
+    )
+
+
+def one_line(process: subprocess.CompletedProcess) -> str:
+    lines = [line for line in process.stderr.splitlines() if " left" not in line]
+    assert len(lines) == 1, process.stderr
+    return lines[0]
+
+
+def test_demo_remembers_and_shows_it(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    process = recollect("demo", "--out", str(out))
+    assert process.returncode == 0, process.stderr
+    cells = [line.strip("| ").split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
+    scores = {cell[0]: float(cell[1]) for cell in cells[1:]}
+    mbpa, vote, network = (scores[n] for n in ("MbPA, 40 per task", "k-NN vote, 40 per task", "network alone"))
+    assert mbpa > vote + 1
+    assert mbpa > network + 30
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    shown = recollect("show", str(out))
+    assert shown.stdout.strip() in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "no command 'nonsense'"),
+        (("reproduce", "figure99"), "no experiment 'figure99'"),
+        (("reproduce", "figure3", "--nonsense", "1"), "--nonsense"),
+        (("reproduce", "figure3", "--scale", "huge"), "'huge'"),
+        (("reproduce", "figure3", "--steps", "0"), "--steps"),
+        (("list", "more"), "unexpected argument"),
+        (("show", "nowhere"), "holds no finished run"),
+        (("show",), "needs one folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments: tuple[str, ...], message: str, capsys) -> None:
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_help_and_list(capsys) -> None:
+    assert main([]) == 0
+    assert "recollect demo" in capsys.readouterr().out
+    assert main(["list"]) == 0
+    assert "figure3" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    process = recollect("reproduce", "figure3", "--help")
+    assert process.returncode == 0
+    assert "--vote-neighbors" in process.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.run(
+        f"{sys.executable} -m recollect list | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in process.stderr
+
+
+def test_figure2_is_drawn_and_the_adapted_network_is_nearest(tmp_path: Path) -> None:
+    process = recollect("reproduce", "figure2", "--out", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    cells = [line.strip("| ").split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
+    errors = {cell[0]: float(cell[2]) for cell in cells[1:]}
+    assert errors["adapted network"] < errors["attention"] / 3
+    assert errors["adapted network"] < errors["network"] / 3
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_missing_data_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> None:
+    # An address that refuses at once stands for a machine without network.
+    environment = {"RECOLLECT_DATA": str(tmp_path), "RECOLLECT_CACHE": str(tmp_path / "cache")}
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    process = subprocess.run(
+        [sys.executable, "-m", "recollect", "reproduce", "figure3", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment, **proxies},
+    )
+    assert process.returncode == 2
+    line = process.stderr.splitlines()[-1]
+    assert "RECOLLECT_DATA" in line
+    assert "Traceback" not in process.stderr
+
+
+def test_control_c_is_one_line_and_status_130(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recollect", "demo", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (tmp_path / "results.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "stopped" in errors
+
+
+def test_a_full_disk_is_one_line_and_status_2(tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+
+    process = recollect("demo", "--out", str(tmp_path), preexec_fn=small_files)
+    assert process.returncode == 2
+    assert "recollect: " in one_line(process)
+
+
+def test_an_unwritable_folder_is_one_line_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    process = recollect("demo", "--out", str(tmp_path / "file" / "out"))
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr

@@ -1,0 +1,126 @@
+"""The permuted-pixels experiment: what it measures, and that a killed run ends like one that was left alone."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from recollect.data import permuted
+from recollect.errors import FormatError, SettingError
+from recollect.experiments import demo, figure3
+from recollect.experiments import permuted as shared
+from recollect.experiments.runner import Progress, Run
+
+TINY = dataclasses.replace(
+    demo._SETTINGS, tasks=3, examples=200, memory=(10, 20), final=40, point=40, hidden=16, epochs=1, steps=2
+)
+
+
+def run_tiny(folder: Path, seed: int = 0) -> Run:
+    train, test = demo.split(demo.digits(), 0)
+    run = Run(folder, dataclasses.asdict(TINY))
+    tasks = permuted(train, test, tasks=3, examples=200, generator=torch.Generator().manual_seed(seed))
+    with Progress(shared.work(TINY), "tiny") as progress:
+        shared.run_seed(run, TINY, seed, tasks, progress)
+    return run
+
+
+def test_every_curve_is_measured_on_every_task_seen_so_far(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path)
+    names = ["mlp", "vote-10", "mbpa-10", "vote-20", "mbpa-20", "random-20"]
+    cells = {(r["curve"], r["trained"], r["task"]) for r in run.rows}
+    assert cells == {(name, n, j) for name in names for n in (1, 2, 3) for j in range(1, n + 1)}
+    totals = {(r["trained"], r["total"]) for r in run.rows}
+    assert totals == {(1, 40), (2, 20), (3, 40)}
+    curves = shared.curves(run.rows, [0])
+    last = [r for r in run.rows if r["trained"] == 3 and r["curve"] == "mlp"]
+    assert curves["mlp"][0][-1] == pytest.approx(100 * sum(r["correct"] for r in last) / 120)
+    assert not (tmp_path / "checkpoints" / "seed-0.safetensors").exists()
+
+
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(tmp_path: Path) -> None:
+    alone = run_tiny(tmp_path / "alone")
+    folder = tmp_path / "killed"
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import torch; torch.set_num_threads(1);"
+        "from test_permuted import run_tiny; run_tiny(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(Path(__file__).parent)]
+    rows, kills = folder / "results.jsonl", 0
+    for target in (3, 12, 25):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if rows.exists() and rows.read_bytes().count(b"\n") >= target:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0.002)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert kills > 0
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == alone.rows
+
+
+def test_the_checkpoint_restores_network_and_optimizer(tmp_path: Path) -> None:
+    train, test = demo.split(demo.digits(), 0)
+    tasks = list(permuted(train, test, tasks=3, examples=200, generator=torch.Generator().manual_seed(0)))
+    whole = shared.Learner(TINY, 0, 64)
+    for number, task in enumerate(tasks, 1):
+        whole.learn(number, task.train)
+    path = tmp_path / "seed.safetensors"
+    first = shared.Learner(TINY, 0, 64, path)
+    first.learn(1, tasks[0].train)
+    second = shared.Learner(TINY, 0, 64, path)
+    assert second.trained == 1
+    for number, task in enumerate(tasks, 1):
+        second.learn(number, task.train)
+    assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), second.network.parameters(), strict=True))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "seed.safetensors"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(FormatError, match="Delete it"):
+        shared.Learner(TINY, 0, 64, path)
+
+
+def test_the_control_reads_at_random_and_weighs_all_alike() -> None:
+    learner = shared.Learner(TINY, 0, 64)
+    memory = learner.memories[20]
+    memory.write(torch.rand(30, 64), torch.randint(10, (30,)))
+    control = dict(learner.predictors())["random-20"]
+    context = control.memory.read(torch.rand(5, 64), 8, kernel=control.kernel)
+    assert torch.allclose(context.weights, torch.full((5, 8), 1 / 8))
+    assert len(context.slots.unique()) > 8
+    assert int(context.slots.max()) < 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": 0}, "--tasks"),
+        ({"rate": -1.0}, "--rate"),
+        ({"memory": (100, 50)}, "rising"),
+        ({"memory": (20_000,)}, "rising"),
+        ({"bandwidth": (1.0, 2.0, 3.0)}, "--bandwidth"),
+        ({"seeds": 0}, "--seeds"),
+    ],
+)
+def test_bad_settings_are_named_by_their_flag(change: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        dataclasses.replace(figure3.Figure3(), **change).settings()
+
+
+def test_validation_images_are_no_training_images() -> None:
+    if figure3.mnist.__module__ and not os.path.exists(os.environ.get("RECOLLECT_DATA", "../shared/data")):
+        pytest.skip("MNIST is not at hand: set RECOLLECT_DATA")
+    train, validation = figure3.split()
+    assert (len(train.labels), len(validation.labels)) == (50_000, 10_000)
+    again, _ = figure3.split()
+    assert torch.equal(train.labels, again.labels)

@@ -1,0 +1,72 @@
+"""A run's folder: resumable, exact about its settings, whole after any interruption."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recollect.errors import FormatError, SettingError
+from recollect.experiments.runner import Progress, Run, read_rows, write_text
+
+
+def test_rows_are_found_again_by_the_next_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"steps": 5})
+    run.add(seed=0, curve="mlp", correct=3)
+    again = Run(tmp_path, {"steps": 5})
+    assert again.find(seed=0, curve="mlp") == {"seed": 0, "curve": "mlp", "correct": 3}
+    assert again.find(seed=1) is None
+
+
+def test_other_settings_are_refused_by_name_and_nothing_changes(tmp_path: Path) -> None:
+    Run(tmp_path, {"steps": 5, "rate": 0.1}).add(seed=0)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(SettingError, match=r"steps=5 there, 6 asked"):
+        Run(tmp_path, {"steps": 6, "rate": 0.1})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2, "b"')
+    assert read_rows(path) == [{"a": 1}]
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]"])
+def test_a_foreign_file_is_refused_with_the_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n')
+    with pytest.raises(FormatError, match="line 2"):
+        read_rows(path)
+
+
+def test_a_foreign_config_is_refused(tmp_path: Path) -> None:
+    Run(tmp_path, {}).add(seed=0)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match=r"config\.json"):
+        Run(tmp_path, {})
+
+
+def test_config_records_settings_and_versions(tmp_path: Path) -> None:
+    Run(tmp_path, {"memory": (1, 2)})
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["settings"] == {"memory": [1, 2]}
+    assert {"python", "torch", "machine"} <= record["versions"].keys()
+    Run(tmp_path, {"memory": (1, 2)})  # a tuple and the list that JSON makes of it are the same setting
+
+
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "table.md"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_progress_says_how_much_time_is_left(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("recollect.experiments.runner._SECONDS_BETWEEN_LINES", 0.0)
+    with Progress(4.0, "work") as progress:
+        progress.skip(2.0)
+        progress.advance(1.0, "half")
+    assert "half: 75%" in capsys.readouterr().err
