@@ -5,6 +5,7 @@ from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import Explanation, MbPA
 from recollect.memory import Context, EpisodicMemory, ExactIndex
+from recollect.persistence import load, save
 from recollect.predictors import Mixture, NonParametric, Parametric, neural_cache
 
 __version__ = "0.1.0"
@@ -24,6 +25,8 @@ __all__ = [
     "dot_product",
     "gaussian",
     "inverse_distance",
+    "load",
     "neural_cache",
     "rules",
+    "save",
 ]

@@ -6,6 +6,7 @@ An error is one line on standard error and exit status 2; Ctrl-C is one line and
 import contextlib
 import importlib
 import io
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,10 +124,14 @@ def _parse(config: type, rest: list[str], program: str) -> Any:
     except SystemExit as error:
         if not error.code:  # --help
             raise
-        # tyro draws a box, of "│" or "|" as the terminal can; its part above the rule is the message.
-        lines = [line.strip("│| ") for line in complaint.getvalue().splitlines() if line[:1] in {"│", "|"}]
-        rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
-        raise SettingError(f"{' '.join(lines[:rule])} See {program} --help.") from error
+        raise SettingError(f"{_message_in_box(complaint.getvalue())} See {program} --help.") from error
+
+
+def _message_in_box(text: str) -> str:
+    """Returns what tyro says in a box: the lines between its title and the pointer to --help."""
+    stripped = (line.strip("│|╭╮╰╯─ ") for line in text.splitlines())
+    _, *lines = (line for line in stripped if set(line) - {"-"})
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines))
 
 
 def _show(rest: list[str]) -> None:

@@ -46,7 +46,7 @@ class FormatError(RecollectError, ValueError):
 
 
 class MissingDataError(RecollectError, FileNotFoundError):
-    """A data set is neither on disk nor can it be downloaded."""
+    """A data set or a saved model is not where it should be (and cannot be downloaded)."""
 
 
 class MissingExtraError(RecollectError, ImportError):

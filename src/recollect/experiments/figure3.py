@@ -29,9 +29,9 @@ _SCALES: dict[str, dict[str, Any]] = {
         "tasks": 20,
         "examples": 10_000,
         "memory": (100, 250, 1000),
-        "bandwidth": (2.5, 2.0, 1.5),
+        "bandwidth": (2.5, 2.5, 1.5),
         "final": 10_000,
-        "point": 2000,
+        "point": 1000,
     },
 }
 
@@ -64,7 +64,7 @@ class Figure3:
     """Training examples for each step of Adam."""
     learning_rate: float = 1e-3
     """The step size of Adam (its default)."""
-    neighbors: int = 24
+    neighbors: int = 16
     """K of MbPA and of the control."""
     bandwidth: tuple[float, ...] | None = None
     """The width of MbPA's Gaussian kernel in pixel distance: one number, or one for each memory.

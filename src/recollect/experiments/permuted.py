@@ -188,7 +188,7 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
     """Trains on the tasks in sequence and records the accuracy of every curve on every task seen so far.
 
     After the last task all of ``final`` test images count, before that ``point`` images, spread evenly over the tasks
-    seen so far: the first of a fixed random order.
+    seen so far: for each task the first of its own fixed random order.
     """
     checkpoint = run.folder / "checkpoints" / f"seed-{seed}.safetensors"
     learner: Learner | None = None
@@ -196,7 +196,8 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
     for number, task in enumerate(tasks, 1):
         if learner is None:
             learner = Learner(settings, seed, task.train.inputs.shape[1], checkpoint)
-        order = torch.randperm(len(task.test.labels), generator=torch.Generator().manual_seed(seed))
+        # Tasks share their test images, so a part of them must not be the same part for every task.
+        order = torch.randperm(len(task.test.labels), generator=torch.Generator().manual_seed(1000 * seed + number))
         seen.append(task.test.take(order))
         learner.learn(number, task.train)
         last = number == settings.tasks
