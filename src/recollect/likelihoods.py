@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from recollect.errors import DtypeError, EmptyMemoryError, LabelError, SettingError, ShapeError
@@ -42,13 +42,14 @@ class Categorical:
         tensor([[-0.5000,  0.5000]])
     """
 
-    def log_prob(self, outputs: Float[Tensor, "*b c"], values: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    def log_prob(self, outputs: Float[Tensor, "*b c"], values: Integer[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Returns ``log softmax(outputs)[values]``."""
         return outputs.log_softmax(-1).gather(-1, values.long().unsqueeze(-1)).squeeze(-1)
 
-    def gradient(self, outputs: Float[Tensor, "*b c"], values: Int[Tensor, "*b"]) -> Float[Tensor, "*b c"]:
+    def gradient(self, outputs: Float[Tensor, "*b c"], values: Integer[Tensor, "*b"]) -> Float[Tensor, "*b c"]:
         """Returns the gradient of ``log_prob`` at the outputs: ``onehot(values) - softmax(outputs)``."""
-        residual = outputs.softmax(-1).neg_()
+        chances = outputs.softmax(-1)
+        residual = -chances if chances.requires_grad else chances.neg_()  # in place is four times faster
         one = torch.ones((), dtype=residual.dtype, device=residual.device).expand(*values.shape, 1)
         return residual.scatter_add_(-1, values.long().unsqueeze(-1), one)
 
@@ -57,7 +58,7 @@ class Categorical:
         return outputs.log_softmax(-1)
 
     def fit_constant(
-        self, values: Int[Tensor, "b k"], weights: Float[Tensor, "b k"], size: int | None
+        self, values: Integer[Tensor, "b k"], weights: Float[Tensor, "b k"], size: int | None
     ) -> Float[Tensor, "b c"]:
         """Returns the log-probabilities that fit the neighborhood best: the weighted vote.
 
@@ -142,8 +143,14 @@ class Gaussian:
         """Returns the weighted mean of the neighbors' values (Paper: Appendix E).
 
         Raises:
+            ShapeError: If a value is not a vector.
             EmptyMemoryError: If a query has no neighbor to average over.
         """
+        if values.dim() != weights.dim() + 1:
+            raise ShapeError(
+                f"a value must be a vector, but the memory's values have shape {tuple(values.shape[2:])}. "
+                "Use EpisodicMemory(..., value_shape=(outputs,))."
+            )
         if weights.shape[-1] == 0 or bool((weights.sum(-1) == 0).any()):
             raise EmptyMemoryError(
                 "the mean of no neighbors is not defined: a query sees no memory entry. Write to the memory first."

@@ -19,7 +19,7 @@ from recollect.errors import SettingError, ShapeError
 from recollect.kernels import Kernel, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Context, Memory
-from recollect.predictors import Before, in_chunks
+from recollect.predictors import Before, in_chunks, key_bytes, undisturbed
 
 
 class Explanation(NamedTuple):
@@ -49,8 +49,8 @@ class MbPA(nn.Module):
     passes no gradient on. With an empty memory, or no steps, it predicts exactly what the head predicts.
 
     Args:
-        head: The output network g: maps keys ``(*batch, d)`` to outputs ``(*batch, c)``, each key by itself. It is
-            shared, not copied: training it changes the predictions.
+        head: The output network g: maps keys ``(b, d)`` to outputs ``(b, c)``, each key by itself. It is shared, not
+            copied: training it changes the predictions. Putting another layer into it needs a new ``MbPA``.
         memory: Where the neighbors come from.
         neighbors: How many of them, K. (Paper: 50 for images, 256 for language.)
         adaptation: How the head is fitted, such as ``LocalAdaptation(rules.sgd(0.1), steps=5)``.
@@ -108,8 +108,8 @@ class MbPA(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the keys do not fit the memory.
             LabelError: If a retrieved label is not one of the head's outputs.
         """
-        bytes_per_query = 4 * self.neighbors * max(1, keys.shape[-1] if keys.dim() else 1)
-        return in_chunks(self._predict, keys, before, bytes_per_query)
+        size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
+        return in_chunks(self._predict, keys, before, bytes_per_query=size)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         queries, context = self._read(keys, before)
@@ -123,8 +123,10 @@ class MbPA(nn.Module):
         dtype = self._head.dtype()
         queries = keys.to(dtype)
         if context.slots.numel():
-            outputs = self._head({}, queries[:1]).shape[-1]
-            self.likelihood.check_values(context.values, outputs)
+            outputs = self._head({}, queries[:1])
+            if outputs.dim() != 2:
+                raise ShapeError(f"the head must map keys (b, d) to outputs (b, c), but (1, d) became {outputs.shape}.")
+            self.likelihood.check_values(context.values, outputs.shape[1])
         return queries, context._replace(keys=context.keys.to(dtype), weights=context.weights.to(dtype))
 
     def explain(self, key: Float[Tensor, " d"], *, before: int | None = None) -> Explanation:
@@ -143,22 +145,25 @@ class MbPA(nn.Module):
         """
         if key.dim() != 1:
             raise ShapeError(f"explain takes one key of shape (key_size,), got {tuple(key.shape)}.")
-        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+        with undisturbed(key.device):
             queries, context = self._read(key.detach().unsqueeze(0), before)
-            base = self._head({}, queries)
-            exact = isinstance(self._adapter, Factored) and self._adapter.is_linear
-            if context.slots.numel() == 0:
-                outputs, parts = base, base.new_zeros(0, base.shape[-1])
-            elif isinstance(self._adapter, Factored) and exact:
-                outputs, parts = self._adapter(queries, context), self._adapter.contributions(queries, context)[0]
-            else:
-                outputs = self._adapter(queries, context)
-                parts = outputs - self._without_each(queries, context)
-        predict = self.likelihood.predict
-        return Explanation(
-            *(predict(base)[0], predict(outputs)[0], parts, exact),
-            *(context.values[0], context.weights[0], context.distances[0], context.slots[0]),
-        )
+            seen = context.slots[0] >= 0  # ``before`` may leave places that nothing fills
+            context = Context(*(part[:, seen] for part in context))
+            adapter = self._adapter
+            linear = adapter if isinstance(adapter, Factored) and adapter.is_linear else None
+            base = outputs = self._head({}, queries)
+            parts = base.new_zeros(0, base.shape[-1])
+            if context.slots.numel():
+                outputs = adapter(queries, context)
+                if linear is not None:
+                    parts = linear.contributions(queries, context)[0]
+                else:
+                    parts = outputs - self._without_each(queries, context)
+            predict = self.likelihood.predict
+            return Explanation(
+                *(predict(base)[0], predict(outputs)[0], parts, linear is not None),
+                *(context.values[0], context.weights[0], context.distances[0], context.slots[0]),
+            )
 
     def _without_each(self, queries: Float[Tensor, "1 d"], context: Context) -> Float[Tensor, "k c"]:
         """Returns the outputs when one memory after the other is left out of the adaptation."""

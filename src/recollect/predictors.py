@@ -6,15 +6,16 @@ the neighbors in closed form (``NonParametric``).
 """
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recollect.adaptation import Head
-from recollect.errors import SettingError, ShapeError
+from recollect.errors import NonFiniteError, SettingError, ShapeError
 from recollect.kernels import Kernel, dot_product, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Memory
@@ -24,6 +25,7 @@ _BUDGET = 128 * 2**20  # bytes that one chunk of queries reads from the memory
 Before = int | Int[Tensor, "*b"] | None
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """What ``Mixture`` needs of its components."""
 
@@ -32,26 +34,60 @@ class Predictor(Protocol):
     def __call__(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]: ...
 
 
-def in_chunks(
-    predict: Callable[[Tensor, Before], Tensor], keys: Float[Tensor, "*b d"], before: Before, bytes_per_query: int
-) -> Float[Tensor, "*b c"]:
-    """Applies ``predict`` to a few queries at a time, without gradients and outside of autocast.
+def key_bytes(keys: Tensor) -> int:
+    """Returns how many bytes one key takes in float32."""
+    return 4 * keys.shape[-1:].numel()
 
-    Autocast around the call must not change the result, and a batch of any size must not need more memory.
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Keeps gradients, and the caller's autocast and inference mode, out of a prediction: none may change it."""
+    known = torch.amp.is_autocast_available(device.type)
+    autocast = torch.autocast(device.type, enabled=False) if known else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
+def in_chunks(
+    predict: Callable[[Tensor, Before], Tensor], keys: Float[Tensor, "*b d"], before: Before, *, bytes_per_query: int
+) -> Float[Tensor, "*b c"]:
+    """Applies ``predict`` to a few queries at a time: a batch of any size must not need more memory.
+
+    Args:
+        predict: Maps keys ``(b, d)`` and their limits, one for each or None, to outputs ``(b, c)``.
+        keys: The queries.
+        before: As in ``EpisodicMemory.read``.
+        bytes_per_query: What one query needs while ``predict`` works on it.
     """
     if keys.dim() == 0:
         raise ShapeError("keys must have shape (*, key_size), got a single number.")
     batch = keys.shape[:-1]
     flat = keys.detach().reshape(-1, keys.shape[-1])
-    limits = torch.as_tensor(before, device=keys.device).expand(batch).reshape(-1) if before is not None else None
-    rows = max(1, _BUDGET // bytes_per_query)
-    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
-        parts = []
+    limits = None if before is None else _limits(before, batch, keys.device)
+    rows = max(1, _BUDGET // max(1, bytes_per_query))
+    parts = []
+    with undisturbed(keys.device):
         for start in range(0, max(1, len(flat)), rows):
-            limit = None if limits is None else limits[start : start + rows]
-            parts.append(predict(flat[start : start + rows], limit))
+            part = slice(start, start + rows)
+            try:
+                parts.append(predict(flat[part], None if limits is None else limits[part]))
+            except NonFiniteError as error:
+                bad = (~flat.isfinite().all(1)).nonzero()
+                if start == 0 or len(bad) == 0:
+                    raise
+                # The memory has counted the rows from the start of this chunk.
+                raise NonFiniteError(f"queries must be finite, but row {int(bad[0])} holds NaN or infinity.") from error
     outputs = torch.cat(parts)
     return outputs.reshape(*batch, outputs.shape[-1])
+
+
+def _limits(before: int | Tensor, batch: torch.Size, device: torch.device) -> Int[Tensor, " b"]:
+    limits = torch.as_tensor(before, device=device)
+    if limits.dim() and limits.shape != batch:
+        raise ShapeError(
+            f"before must be one number or have one for each query, shape {tuple(batch)}, got {tuple(limits.shape)}."
+        )
+    return limits.expand(batch).reshape(-1)
 
 
 class Parametric(nn.Module):
@@ -60,7 +96,7 @@ class Parametric(nn.Module):
     Paper: Eq. (1). Like every predictor it computes what the head computes in evaluation mode.
 
     Args:
-        head: Maps keys ``(*batch, d)`` to outputs ``(*batch, c)``.
+        head: Maps keys ``(b, d)`` to outputs ``(b, c)``, each key by itself.
         likelihood: What outputs say about values.
 
     Raises:
@@ -80,8 +116,10 @@ class Parametric(nn.Module):
 
     def forward(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]:
         """Returns the head's prediction; ``before`` is accepted and has no effect, as there is no memory."""
-        with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
-            return self.likelihood.predict(self._head({}, keys.to(self._head.dtype())))
+        return in_chunks(self._predict, keys, before, bytes_per_query=key_bytes(keys))
+
+    def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
+        return self.likelihood.predict(self._head({}, keys.to(self._head.dtype())))
 
 
 class NonParametric(nn.Module):
@@ -121,7 +159,7 @@ class NonParametric(nn.Module):
         super().__init__()
         if isinstance(likelihood, Categorical) and (classes is None or classes < 1):
             raise SettingError(f"a vote over labels needs the number of classes, got classes={classes}.")
-        if neighbors is not None and (isinstance(neighbors, bool) or neighbors < 1):
+        if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
         self.memory = memory
         self.classes = classes
@@ -143,13 +181,16 @@ class NonParametric(nn.Module):
             LabelError: If a retrieved label is not below ``classes``.
             EmptyMemoryError: For regression, if a query sees no entry.
         """
-        size = 64 * len(self.memory) if self.neighbors is None else 4 * self.neighbors * keys.shape[-1]
-        return in_chunks(self._predict, keys, before, max(1, size))
+        if self.neighbors is None:
+            size = 64 * len(self.memory)  # distances, weights and votes, but no copies of the keys
+        else:
+            size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
+        return in_chunks(self._predict, keys, before, bytes_per_query=size)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         context = self.memory.read(keys, self.neighbors, kernel=self.kernel, before=before)
-        if self.classes is not None:
-            self.likelihood.check_values(context.values, self.classes)
+        size = context.values.shape[2:].numel() if self.classes is None else self.classes
+        self.likelihood.check_values(context.values, size)
         return self.likelihood.fit_constant(context.values, context.weights, self.classes)
 
 
@@ -179,11 +220,12 @@ class Mixture(nn.Module):
     the combination of the means.
 
     Args:
-        components: Two or more predictors over the same classes.
+        components: Predictors over the same classes.
         weights: One weight for each, non-negative and summing to one.
 
     Raises:
-        SettingError: If the weights are not that, or the components mix labels with regression.
+        SettingError: If the weights are not that, a component is no predictor, or some predict labels and others
+            means.
 
     Example:
         >>> import torch
@@ -196,6 +238,9 @@ class Mixture(nn.Module):
         super().__init__()
         if len(components) < 1 or len(weights) != len(components):
             raise SettingError(f"each of the {len(components)} components needs one weight, got {len(weights)}.")
+        for component in components:
+            if not isinstance(component, Predictor):
+                raise SettingError(f"{type(component).__name__} is no predictor: wrap a head as Parametric(head).")
         if not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
             raise SettingError(f"weights must be non-negative and sum to one, got {tuple(weights)}.")
         if len({type(component.likelihood) for component in components}) > 1:
@@ -210,9 +255,17 @@ class Mixture(nn.Module):
         Args:
             keys: The queries, ``(*batch, key_size)``.
             before: Handed on to every component.
+
+        Raises:
+            ShapeError: If the components differ in their number of outputs.
         """
-        outputs = torch.stack([component(keys, before=before) for component in self.components])
-        weights = outputs.new_tensor(self.weights).view(-1, *(1,) * (outputs.dim() - 1))
-        if isinstance(self.likelihood, Categorical):
-            return (outputs + weights.log()).logsumexp(0)
-        return (outputs * weights).sum(0)
+        parts = [component(keys, before=before) for component in self.components]
+        sizes = [part.shape[-1] for part in parts]
+        if len(set(sizes)) > 1:
+            raise ShapeError(f"the components must predict the same outputs, but they have {sizes} of them.")
+        with undisturbed(keys.device):
+            outputs = torch.stack(parts)
+            weights = outputs.new_tensor(self.weights).view(-1, *(1,) * (outputs.dim() - 1))
+            if isinstance(self.likelihood, Categorical):
+                return (outputs + weights.log()).logsumexp(0)
+            return (outputs * weights).sum(0)

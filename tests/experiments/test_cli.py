@@ -96,7 +96,7 @@ def test_figure2_is_drawn_and_the_adapted_network_is_nearest(tmp_path: Path) -> 
 def test_missing_data_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> None:
     # An address that refuses at once stands for a machine without network.
     environment = {"RECOLLECT_DATA": str(tmp_path), "RECOLLECT_CACHE": str(tmp_path / "cache")}
-    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     process = subprocess.run(
         [sys.executable, "-m", "recollect", "reproduce", "figure3", "--out", str(tmp_path / "out")],
         capture_output=True,

@@ -51,8 +51,16 @@ def test_config_records_settings_and_versions(tmp_path: Path) -> None:
     Run(tmp_path, {"memory": (1, 2)})
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["settings"] == {"memory": [1, 2]}
-    assert {"python", "torch", "machine"} <= record["versions"].keys()
-    Run(tmp_path, {"memory": (1, 2)})  # a tuple and the list that JSON makes of it are the same setting
+    assert {"python", "torch"} <= record["versions"].keys()
+    assert len(record["commands"]) == 1
+
+
+def test_every_command_that_made_results_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["demo", "--seed", "1"], ["demo", "--seed", "2"], ["demo", "--seed", "1"]):
+        monkeypatch.setattr("sys.argv", ["recollect", *arguments])
+        Run(tmp_path, {"memory": (1, 2)}).add(a=1)  # a tuple and the list that JSON makes of it are the same setting
+    commands = json.loads((tmp_path / "config.json").read_text())["commands"]
+    assert commands == ["recollect demo --seed 2", "recollect demo --seed 1"]
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import jvp
 from torch.nn.utils import parametrize
 
 from recollect.adaptation.head import Head
@@ -28,7 +27,7 @@ from recollect.adaptation.rules import Rule, sgd
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
-_BUDGET = 16 * 2**20  # bytes that one chunk of queries works on: stays in the cache
+_BUDGET = 4 * 2**20  # bytes that one chunk of queries works on: stays in the cache
 
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid),
@@ -44,6 +43,13 @@ class _Layer(NamedTuple):
     weight_adapts: bool
     bias_adapts: bool
     activations: list[nn.Module]
+
+
+class _Signal(NamedTuple):
+    """What a layer puts out after its activations, and their slope there (None: there are none)."""
+
+    value: Float[Tensor, "b m h"]
+    slope: Float[Tensor, "b m h"] | None
 
 
 class _Adapted(NamedTuple):
@@ -109,7 +115,7 @@ class Factored:
         return len(self._layers) == 1 and not self._first.activations
 
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
-        """Returns the outputs ``(b, c)`` of each query's own adapted head."""
+        """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
         return torch.cat([self._finish(adapted) for adapted in self._chunks(queries, context)])
 
     def contributions(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b k c"]:
@@ -118,7 +124,10 @@ class Factored:
 
     def _finish(self, adapted: "_Adapted") -> Float[Tensor, "b c"]:
         first = torch.baddbmm(adapted.target.unsqueeze(1), adapted.cross, adapted.coefficients)
-        return self._forward(first, adapted.deeper)[-1][0].squeeze(1)
+        outputs = _apply(self._first.activations, first)
+        for layer in adapted.deeper:
+            outputs = _apply(layer.activations, layer(outputs))
+        return outputs.squeeze(1)
 
     def _chunks(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts a chunk of queries at a time."""
@@ -126,7 +135,7 @@ class Factored:
         # A memory that is the neighbor of many queries passes through the prefix and the first layer only once.
         slots, place = context.slots.unique(return_inverse=True)
         some = place.new_empty(len(slots)).scatter_(0, place.view(-1), torch.arange(place.numel(), device=place.device))
-        keys = context.keys.reshape(-1, context.keys.shape[-1])[some]
+        keys = context.keys[some // count, some % count]
         if self._prefix is not None:
             keys, queries = self._prefix({}, keys), self._prefix({}, queries)
         base, target = self._linear(keys), self._linear(queries)
@@ -136,7 +145,7 @@ class Factored:
             near = context.keys[part] if self._prefix is None else keys[place[part]]
             cross = self._products(near, queries[part].unsqueeze(1))
             gram = self._products(near, near) if self._steps > 1 else None
-            values, weights = context.values[part], context.weights[part].to(near.dtype).unsqueeze(-1)
+            values, weights = context.values[part], context.weights[part].unsqueeze(-1)
             coefficients, deeper = self._descend(base[place[part]], gram, values, weights)
             yield _Adapted(target[part], cross, coefficients, deeper)
 
@@ -161,28 +170,25 @@ class Factored:
     ) -> tuple[Float[Tensor, "b k h"], "list[_Dense]"]:
         """Runs the steps; returns the first layer's coefficients and the adapted layers behind it."""
         rate, momentum, prior = self._rule.rate, self._rule.momentum, self._prior
-        coefficients = velocity = torch.zeros_like(base)
+        coefficients, velocity = torch.zeros_like(base), torch.zeros_like(base) if momentum else None
         deeper = [_Dense(layer) for layer in self._layers[1:]]
         for step in range(self._steps):
             first = base if step == 0 or gram is None else torch.baddbmm(base, gram, coefficients)
             signals = self._forward(first, deeper)
-            pull = self._likelihood.gradient(signals[-1][0], values).mul_(weights)
-            for layer, (inputs, _), (_, slope) in zip(deeper[::-1], signals[-2::-1], signals[::-1], strict=False):
-                pull = pull if slope is None else pull * slope
-                pull = layer.ascend(pull, inputs, rate, momentum, prior)
-            slope = signals[0][1]
-            pull = pull if slope is None else pull * slope
-            if momentum:
-                velocity = velocity * momentum + pull
-                pull = velocity
-            coefficients = coefficients * (1 - prior) + rate * pull
+            pull = self._likelihood.gradient(signals[-1].value, values).mul_(weights).to(base.dtype)
+            for layer, signal, source in zip(deeper[::-1], signals[:0:-1], signals[-2::-1], strict=True):
+                pull = layer.ascend(_through(signal, pull), source.value, rate, momentum, prior)
+            pull = _through(signals[0], pull)
+            if velocity is not None:
+                pull = velocity.mul_(momentum).add_(pull)
+            coefficients.mul_(1 - prior).add_(pull, alpha=rate)
         return coefficients, deeper
 
-    def _forward(self, first: Tensor, deeper: "list[_Dense]") -> list[tuple[Tensor, Tensor | None]]:
-        """Returns, for each layer, its value after the activations and their slope (None: no activation)."""
+    def _forward(self, first: Tensor, deeper: "list[_Dense]") -> "list[_Signal]":
+        """Returns what each layer puts out, given what the first one does before its activations."""
         signals = [_activate(self._first.activations, first)]
         for layer in deeper:
-            signals.append(_activate(layer.activations, layer(signals[-1][0])))
+            signals.append(_activate(layer.activations, layer(signals[-1].value)))
         return signals
 
 
@@ -191,7 +197,6 @@ class _Dense:
 
     def __init__(self, layer: _Layer) -> None:
         self.activations = layer.activations
-        self._layer = layer
         # Transposed, and shared by all queries until the first step.
         self.weight = _Moving(layer.linear.weight.detach().mT, layer.weight_adapts)
         self.bias = None if layer.linear.bias is None else _Moving(layer.linear.bias.detach()[None], layer.bias_adapts)
@@ -201,8 +206,15 @@ class _Dense:
         return outputs if self.bias is None else outputs.add_(self.bias.value)
 
     def ascend(self, pull: Tensor, inputs: Tensor, rate: float, momentum: float, prior: float) -> Tensor:
-        """One step up the log-likelihood, whose gradient at this layer's outputs is ``pull``; returns that at the
-        inputs."""
+        """Takes one step up the log-likelihood.
+
+        Args:
+            pull: Its gradient at this layer's outputs.
+            inputs: This layer's inputs.
+
+        Returns:
+            Its gradient at the inputs.
+        """
         back = pull @ self.weight.value.mT
         self.weight.ascend(inputs.mT, pull, rate, momentum, prior)
         if self.bias is not None:
@@ -221,7 +233,7 @@ class _Moving:
         self._velocity: Tensor | None = None
 
     def ascend(self, left: Tensor, right: Tensor, rate: float, momentum: float, prior: float) -> None:
-        """One step of Eq. (4) with the gradient ``left @ right``."""
+        """Takes one step of Eq. (4) with the gradient ``left @ right``."""
         if not self._adapts:
             return
         shared = self.value is self._theta  # before the first step, when the prior has nothing to pull
@@ -241,17 +253,33 @@ class _Moving:
             self.value.baddbmm_(left, right, alpha=rate)
 
 
-def _activate(activations: list[nn.Module], inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns the value and the slope of the functions applied one after the other."""
+def _apply(activations: list[nn.Module], value: Tensor) -> Tensor:
+    """Returns the functions applied one after the other; some change ``value`` in place."""
+    for function in activations:
+        value = function(value)
+    return value
+
+
+def _activate(activations: list[nn.Module], inputs: Tensor) -> _Signal:
+    """Returns the value and the slope of the functions applied one after the other; ``inputs`` stay as they are."""
     value, slope = inputs, None
     for function in activations:
         if type(function) is nn.ReLU:
             value = value.relu()
             step = (value > 0).to(value.dtype)
         else:
-            value, step, *_ = jvp(function.forward, (value.clone(),), (torch.ones_like(value),))  # may be in place
+            with torch.enable_grad():
+                leaf = value.detach().requires_grad_()
+                value = function(leaf.clone())  # a function in place must not change a leaf
+                (step,) = torch.autograd.grad(value.sum(), leaf)
+            value = value.detach()
         slope = step if slope is None else slope * step
-    return value, slope
+    return _Signal(value, slope)
+
+
+def _through(signal: _Signal, pull: Tensor) -> Tensor:
+    """Returns the gradient before a layer's activations, given the one behind them."""
+    return pull if signal.slope is None else pull * signal.slope
 
 
 def _flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]] | None:

@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 
 from recollect.adaptation.head import Head
 from recollect.adaptation.rules import Rule
@@ -36,28 +36,37 @@ class General:
         self._chunk_size = chunk_size
 
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
-        """Returns the outputs ``(b, c)`` of each query's own adapted head."""
-        live = self._head.parameters()
-        params = {name: live[name] for name in self._names}
-        copy = 4 * sum(p.numel() * p.element_size() for p in params.values())
-        rows = self._chunk_size or max(1, _BUDGET // copy)
+        """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
+        if self._steps == 0:
+            return self._head({}, queries)
+        theta = self._head.parameters()
+        rows = self._chunk_size or self._rows(theta, context)
+        theta = {name: theta[name] for name in self._names}
         parts = [
-            self._adapt(params, queries[start : start + rows], Context(*(c[start : start + rows] for c in context)))
+            self._adapt(theta, queries[start : start + rows], Context(*(c[start : start + rows] for c in context)))
             for start in range(0, len(queries), rows)
         ]
         return torch.cat(parts)
 
-    def _adapt(self, theta: dict[str, Tensor], queries: Tensor, context: Context) -> Tensor:
-        def loss(params: dict[str, Tensor], keys: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-            return -(weights * self._likelihood.log_prob(self._head(params, keys), values)).sum()
+    def _rows(self, theta: dict[str, Tensor], context: Context) -> int:
+        """Returns how many queries fit the budget, from their parameter copies and the widths of the layers."""
+        copies = sum(theta[name].numel() * theta[name].element_size() for name in self._names)
+        widths = sum(p.shape[0] * p.element_size() for p in theta.values() if p.dim() > 1)
+        return max(1, _BUDGET // (4 * (copies + context.slots.shape[1] * widths)))
 
-        step = vmap(grad_and_value(loss))
+    def _adapt(self, theta: dict[str, Tensor], queries: Tensor, context: Context) -> Tensor:
+        outputs = vmap(self._head)
         prior = self._prior
-        weights = context.weights.to(context.keys.dtype)
         params = {name: p.expand(len(queries), *p.shape) for name, p in theta.items()}
         state = self._rule.init(params)
         for _ in range(self._steps):
-            grads, losses = step(params, context.keys, context.values, weights)
-            delta, state = self._rule.update(grads, state, params, losses)
+            with torch.enable_grad():
+                leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+                likelihoods = self._likelihood.log_prob(outputs(leaves, context.keys), context.values)
+                losses = -(context.weights * likelihoods).sum(-1)
+                # No query's loss depends on another query's parameters: the gradient of the sum is that of each.
+                parts = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
+            grads = dict(zip(leaves, parts, strict=True))
+            delta, state = self._rule.update(grads, state, params, losses.detach())
             params = {n: p + delta[n] - prior * (p - theta[n]) if prior else p + delta[n] for n, p in params.items()}
-        return vmap(self._head)(params, queries)
+        return outputs(params, queries.unsqueeze(1)).squeeze(1)  # a head takes rows, not a bare vector

@@ -21,7 +21,7 @@ class Head:
     """The output network g as a function ``g(params, keys) -> outputs``.
 
     Args:
-        module: Maps keys ``(*batch, d)`` to outputs ``(*batch, c)``, each row by itself.
+        module: Maps keys ``(b, d)`` to outputs ``(b, c)``, each row by itself.
 
     Raises:
         HeadError: If the module holds something that cannot be adapted query by query, by the submodule's name.
@@ -33,18 +33,24 @@ class Head:
         # deepcopy takes what its memo already holds, so the shell gets empty tensors instead of copies.
         memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
         memo.update((id(b), b.to("meta")) for b in module.buffers())
-        self._shell = copy.deepcopy(module, memo).eval()
+        try:
+            self._shell = copy.deepcopy(module, memo).eval()
+        except RuntimeError as error:  # a tensor that is computed from the parameters, kept as an attribute
+            raise HeadError(
+                f"the head ({type(module).__name__}) cannot be seen as a function of its parameters: {error} The old "
+                "torch.nn.utils.weight_norm and spectral_norm do this: use torch.nn.utils.parametrizations."
+            ) from error
 
     def parameters(self) -> dict[str, Tensor]:
         """Returns the live parameters by name, detached."""
-        return {name: p.detach() for name, p in self.module.named_parameters()}
+        return {name: _detached(p) for name, p in self.module.named_parameters()}
 
     def __call__(self, params: dict[str, Tensor], keys: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:
         """Returns the outputs with ``params`` in place of the module's own parameters of these names."""
-        state: dict[str, Tensor] = dict(self.module.named_parameters())
-        state.update(self.module.named_buffers())
+        state = {name: _detached(b) for name, b in self.module.named_buffers()}
+        state.update((name, _detached(p)) for name, p in self.module.named_parameters() if name not in params)
         state.update(params)
-        return functional_call(self._shell, state, (keys,))
+        return functional_call(self._shell, state, (keys.clone(),))  # a head may begin with a function in place
 
     def dtype(self) -> torch.dtype:
         """Returns the dtype in which the module computes (float32 if it has no parameters)."""
@@ -53,21 +59,32 @@ class Head:
     def select(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         """Returns the names of the parameters that adapt: those named, or inside a submodule named; all for None.
 
+        A parameter that several submodules share adapts in all of them, and is returned by its first name.
+
         Raises:
             HeadError: If a name matches nothing, or the head has no parameters.
         """
-        present = [name for name, _ in self.module.named_parameters()]
-        if not present:
+        first = {id(p): name for name, p in self.module.named_parameters()}
+        if not first:
             raise HeadError(
                 f"the head ({type(self.module).__name__}) has no parameters, so nothing can adapt. "
                 "Pass the network's last layers as the head, or use NonParametric."
             )
         if names is None:
-            return tuple(present)
+            return tuple(first.values())
+        aliases = [(name, first[id(p)]) for name, p in self.module.named_parameters(remove_duplicate=False)]
         for name in names:
-            if not any(_inside(p, name) for p in present):
-                raise HeadError(f"the head has no parameter or submodule {name!r}. Its parameters: {present}.")
-        return tuple(p for p in present if any(_inside(p, name) for name in names))
+            if not any(_inside(alias, name) for alias, _ in aliases):
+                raise HeadError(
+                    f"the head has no parameter or submodule {name!r}. Its parameters: {list(first.values())}."
+                )
+        chosen = {parameter for alias, parameter in aliases if any(_inside(alias, name) for name in names)}
+        return tuple(name for name in first.values() if name in chosen)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    # What was made under inference_mode can take part in no gradient, except as a copy.
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _inside(parameter: str, name: str) -> bool:

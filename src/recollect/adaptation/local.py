@@ -21,6 +21,7 @@ from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """An adaptation bound to one head: fits it to each query's context and returns its outputs at the queries."""
 
@@ -71,7 +72,7 @@ class LocalAdaptation:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, Rule):
+        if isinstance(self.rule, type) or not isinstance(self.rule, Rule):
             raise SettingError(f"rule must have init and update, such as rules.sgd(0.1), got {self.rule!r}.")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise SettingError(f"steps must be a whole number of at least 0, got {self.steps!r}.")
@@ -79,8 +80,11 @@ class LocalAdaptation:
             raise SettingError(f"prior must be in [0, 1): at 1 every step forgets the one before. Got {self.prior}.")
         if isinstance(self.parameters, str):
             raise SettingError(f"parameters must be a tuple of names: parameters=({self.parameters!r},).")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise SettingError(f"chunk_size must be a whole number above 0, got {self.chunk_size}.")
+        if self.parameters is not None and len(self.parameters) == 0:
+            raise SettingError("parameters=() lets nothing adapt: use steps=0 for that, or None for all parameters.")
+        size = self.chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise SettingError(f"chunk_size must be a whole number above 0, or None, got {size!r}.")
 
     def bind(self, head: Head, likelihood: Likelihood) -> Adapter:
         """Returns the engine that adapts ``head``: the factored one where it is exact, else the general one.

@@ -19,7 +19,11 @@ Params = dict[str, Tensor]
 
 @runtime_checkable
 class Rule(Protocol):
-    """A pair of pure functions that turns gradients into changes of the parameters."""
+    """A pair of pure functions that turns gradients into changes of the parameters.
+
+    ``MbPA`` adapts many heads at once: each tensor then has one more dimension in front, one row for each head, and
+    ``loss`` has shape ``(b,)``. A rule must not mix the rows; elementwise rules need no care.
+    """
 
     def init(self, params: Params) -> Any:
         """Returns the state before the first step."""
@@ -41,6 +45,8 @@ def _check(**settings: float) -> None:
     for name, value in settings.items():
         if not (math.isfinite(value) and value >= 0):
             raise SettingError(f"{name} must be a finite number of at least 0, got {value}.")
+        if name == "epsilon" and value == 0:
+            raise SettingError("epsilon must be above 0: without it a parameter whose gradient is 0 becomes NaN.")
         if name not in {"rate", "epsilon"} and value >= 1:
             raise SettingError(f"{name} must be below 1, got {value}.")
 
@@ -94,7 +100,14 @@ class rmsprop:
         epsilon: Keeps the division finite (1e-8 is ``torch.optim``'s default).
 
     Raises:
-        SettingError: If a setting is negative, or ``decay`` is not below 1.
+        SettingError: If ``rate`` is negative, ``epsilon`` not above 0, or ``decay`` not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> rule = rmsprop(rate=0.1, decay=0.75)
+        >>> w = {"w": torch.tensor([1.0, 1.0])}
+        >>> rule.update({"w": torch.tensor([3.0, -0.01])}, rule.init(w), w, torch.tensor(0.0))[0]["w"]
+        tensor([-0.2000,  0.2000])
     """
 
     rate: float
@@ -123,7 +136,14 @@ class adam:
         epsilon: Keeps the division finite (1e-8 is the paper's default).
 
     Raises:
-        SettingError: If a setting is negative, or a beta is not below 1.
+        SettingError: If ``rate`` is negative, ``epsilon`` not above 0, or a beta not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> rule = adam(rate=0.1)
+        >>> w = {"w": torch.tensor([1.0, 1.0])}
+        >>> rule.update({"w": torch.tensor([3.0, -0.01])}, rule.init(w), w, torch.tensor(0.0))[0]["w"]
+        tensor([-0.1000,  0.1000])
     """
 
     rate: float

@@ -16,10 +16,17 @@ FILES = {
 
 
 def data_folder() -> Path | None:
-    """Returns the folder named by ``RECOLLECT_DATA``, else ``../shared/data`` where that exists, else None."""
+    """Returns the folder named by ``RECOLLECT_DATA``, else ``../shared/data`` where that exists, else None.
+
+    Raises:
+        MissingDataError: If ``RECOLLECT_DATA`` names something that is no folder.
+    """
     named = os.environ.get("RECOLLECT_DATA")
     if named:
-        return Path(named)
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise MissingDataError(f"RECOLLECT_DATA names {named}, which is no folder. Correct it, or unset it.")
+        return folder
     shared = Path("..", "shared", "data")
     return shared if shared.is_dir() else None
 
@@ -28,13 +35,14 @@ def fetch(name: str) -> Path:
     """Returns the path of a data file, downloading it into the cache where it is not at hand.
 
     The data folder is read in place and never written. The cache is ``RECOLLECT_CACHE``, or the platform's cache
-    folder. A download is checked against its SHA-256 before it counts.
+    folder. A download is checked against its SHA-256 before it takes its place, so a broken one leaves nothing
+    behind.
 
     Args:
         name: Such as ``"mnist/train-images-idx3-ubyte.gz"``; see ``FILES``.
 
     Raises:
-        MissingDataError: If there is no such file, or it cannot be downloaded.
+        MissingDataError: If there is no such file, it cannot be downloaded, or ``RECOLLECT_DATA`` is wrong.
         MissingExtraError: If a download is needed and pooch is not installed.
     """
     if name not in FILES:
@@ -50,12 +58,18 @@ def fetch(name: str) -> Path:
             "that RECOLLECT_DATA names."
         ) from error
     base, sha256 = FILES[name]
-    cache = Path(os.environ.get("RECOLLECT_CACHE") or pooch.os_cache("recollect")) / Path(name).parent
+    cache = Path(os.environ.get("RECOLLECT_CACHE") or pooch.os_cache("recollect")).expanduser() / Path(name).parent
+    path = cache / Path(name).name
     try:
-        path = pooch.retrieve(base + Path(name).name, known_hash=f"sha256:{sha256}", path=cache, fname=Path(name).name)
-    except (OSError, ValueError) as error:  # no network, no space, or a file with another checksum
+        known = path.is_file()
+        pooch.retrieve(base + path.name, known_hash=f"sha256:{sha256}", path=cache, fname=path.name)
+        if not known:
+            path.chmod(0o644)  # pooch leaves it readable to its owner only, which a shared cache must not be
+    except (OSError, ValueError) as error:  # no network, no space, no permission; or another checksum
+        reason = "what came is not the known file (its SHA-256 differs)" if isinstance(error, ValueError) else error
+        place = f"{folder} or {cache}" if folder is not None else str(cache)
         raise MissingDataError(
-            f"{name} is not in RECOLLECT_DATA ({folder or 'not set'}) nor in {cache}, and downloading it from {base} "
-            f"failed: {error}. Download it by hand and set RECOLLECT_DATA to the folder that holds {name}."
+            f"{name} is not in {place}, and it could not be downloaded from {base}: {reason}. Download it by hand "
+            f"and set RECOLLECT_DATA to the folder that holds {name}."
         ) from error
-    return Path(path)
+    return path

@@ -137,7 +137,9 @@ def _draw(
     with torch.no_grad():
         adapted = adaptation.bind(Head(network), Gaussian())(x, everywhere)
     line = x.squeeze(1).numpy()
-    axes.plot(line, Parametric(network, likelihood=Gaussian())(x).squeeze(1).numpy(), color=plots.PURPLE, label="network")
+    axes.plot(
+        line, Parametric(network, likelihood=Gaussian())(x).squeeze(1).numpy(), color=plots.PURPLE, label="network"
+    )
     near = context.keys.squeeze(1)
     span = x[(x >= near.min() - 0.15) & (x <= near.max() + 0.15)]
     inside = torch.isin(x.squeeze(1), span)

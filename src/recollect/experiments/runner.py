@@ -1,6 +1,6 @@
 """A run of an experiment: a folder that records the settings, every result as it comes, a table and a figure.
 
-    config.json     the settings, the command and the versions that made the results
+    config.json     the settings, the commands and the versions that made the results
     results.jsonl   one line for each result, appended and synced as it is measured
     table.md        the table
     figure.png      the picture
@@ -57,19 +57,20 @@ class Run:
         self.rows = read_rows(self._results)
         plain = json.loads(json.dumps(settings))
         config = folder / "config.json"
-        if config.exists() and self.rows:
-            try:
-                before = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise FormatError(f"{config} is not the record of a run. Choose another folder with --out.") from error
-            other = sorted(k for k in plain.keys() | before.keys() if plain.get(k) != before.get(k))
-            if other:
-                what = ", ".join(f"{k}={before.get(k)} there, {plain.get(k)} asked" for k in other)
-                raise SettingError(f"{folder} holds a run with other settings ({what}). Choose another --out.")
+        before = _read_config(config) if config.exists() and self.rows else {"settings": plain, "commands": []}
+        other = sorted(k for k in plain.keys() | before["settings"].keys() if plain.get(k) != before["settings"].get(k))
+        if other:
+            what = ", ".join(f"{k}={before['settings'].get(k)} there, {plain.get(k)} asked" for k in other)
+            raise SettingError(f"{folder} holds a run with other settings ({what}). Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
         command = shlex.join(["recollect", *sys.argv[1:]])
-        record = {"command": command, "settings": plain, "versions": versions, "threads": torch.get_num_threads()}
+        record = {
+            "commands": [*(c for c in before["commands"] if c != command), command],
+            "settings": plain,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
         write_text(config, json.dumps(record, indent=2) + "\n")
 
     def find(self, **key: Any) -> dict[str, Any] | None:
@@ -88,6 +89,14 @@ class Run:
     def write_table(self, text: str) -> None:
         """Writes table.md."""
         write_text(self.folder / "table.md", text)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": dict(record["settings"]), "commands": list(record["commands"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is not the record of a run. Choose another folder with --out.") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """``EpisodicMemory``: a circular buffer of (key, value) pairs in RAM or on a GPU, read by nearest neighbors."""
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from recollect.errors import DeviceError, DtypeError, NonFiniteError, SettingError, ShapeError
@@ -10,6 +10,7 @@ from recollect.memory.index import ExactIndex, Index, compute_dtype
 from recollect.memory.protocol import Context
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing
+_KEY_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8)
 
 
 class EpisodicMemory(nn.Module):
@@ -64,8 +65,9 @@ class EpisodicMemory(nn.Module):
         for name, value in (("capacity", capacity), ("key_size", key_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"{name} must be a whole number above 0, got {value!r}.")
-        if not (key_dtype.is_floating_point or key_dtype == torch.uint8):
-            raise DtypeError(f"keys can be stored as a floating-point dtype or as torch.uint8, got {key_dtype}.")
+        if key_dtype not in _KEY_DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in _KEY_DTYPES)
+            raise DtypeError(f"keys can be stored as one of {allowed}, got key_dtype={key_dtype}.")
         self.register_buffer("keys", torch.zeros(capacity, key_size, dtype=key_dtype))
         self.register_buffer("values", torch.zeros(capacity, *value_shape, dtype=value_dtype))
         self.register_buffer("written", torch.full((capacity,), _FORGOTTEN))
@@ -121,7 +123,7 @@ class EpisodicMemory(nn.Module):
             ShapeError: If keys or values do not fit this memory or each other.
             DtypeError: If they cannot be stored in this memory's dtypes without loss of meaning.
             DeviceError: If they are on another device than the memory.
-            NonFiniteError: If a key is NaN or infinite, by row number.
+            NonFiniteError: If a key is NaN, infinite or so large that squared distances overflow, by row number.
         """
         new_keys, new_values = self._check_entries(keys.detach(), values.detach())
         count = len(new_keys)
@@ -150,20 +152,31 @@ class EpisodicMemory(nn.Module):
             )
         if values.device != self.values.device:
             raise DeviceError(_other_device("values", values, self.values))
-        wanted = self.values.dtype
-        if not torch.can_cast(values.dtype, wanted):
-            raise DtypeError(
-                f"values of {values.dtype} cannot be stored as {wanted} without loss. Convert them, or create the "
-                f"memory with value_dtype={values.dtype}."
-            )
         flat = keys.reshape(-1, self.key_size)
         stored = flat.to(self.keys.dtype)
-        bad = ~stored.isfinite().all(1)
         if self.keys.dtype == torch.uint8:
             bad = (stored.to(flat.dtype) != flat).any(1)
+            if flat.dtype.is_signed:
+                bad |= (flat < 0).any(1)  # as an int8, 255 reads -1
+        else:
+            bad = _too_large(stored)
         if bool(bad.any()):
             self._refuse_rows(flat, bad)
-        return stored, values.reshape(-1, *self.value_shape).to(wanted)
+        return stored, self._as_stored(values).reshape(-1, *self.value_shape)
+
+    def _as_stored(self, values: Tensor) -> Tensor:
+        wanted = self.values.dtype
+        stored = values.to(wanted)
+        lossy = not torch.can_cast(values.dtype, wanted)
+        if not lossy and values.dtype != wanted:
+            whole = not (wanted.is_floating_point or wanted.is_complex)
+            lossy = bool((stored != values).any()) if whole else _overflows(values, stored)
+        if lossy:
+            raise DtypeError(
+                f"these values of {values.dtype} cannot be stored as {wanted}: they would lose their fractions or "
+                f"overflow. Convert them, or create the memory with value_dtype={values.dtype}."
+            )
+        return stored
 
     def _refuse_rows(self, keys: Tensor, bad: Tensor) -> None:
         row = int(bad.nonzero()[0])
@@ -179,8 +192,8 @@ class EpisodicMemory(nn.Module):
                 "batch was stored. Use key_dtype=torch.float32, or scale the keys to 0..255."
             )
         raise NonFiniteError(
-            f"row {row} of keys overflows {self.keys.dtype}{more}. Nothing of the batch was stored. "
-            "Use key_dtype=torch.float32."
+            f"row {row} of keys is too large for key_dtype={self.keys.dtype}{more}: it, or its squared distance to "
+            "other keys, overflows. Nothing of the batch was stored. Scale the keys down, or use a wider key_dtype."
         )
 
     def _check_keys(self, keys: Tensor, name: str) -> None:
@@ -221,14 +234,17 @@ class EpisodicMemory(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the queries do not fit this memory.
             SettingError: If ``neighbors`` is not a positive whole number or None.
         """
-        if neighbors is not None and (isinstance(neighbors, bool) or neighbors < 1):
+        if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
         self._check_keys(queries, "queries")
         batch = queries.shape[:-1]
         flat = queries.detach().reshape(-1, self.key_size).to(compute_dtype(self.keys))
-        bad = ~flat.isfinite().all(1)
+        bad = _too_large(flat)
         if bool(bad.any()):
-            raise NonFiniteError(f"queries must be finite, but row {int(bad.nonzero()[0])} holds NaN or infinity.")
+            row = int(bad.nonzero()[0])
+            finite = bool(flat[row].isfinite().all())
+            what = "is so large that squared distances overflow" if finite else "holds NaN or infinity"
+            raise NonFiniteError(f"queries must be finite, but row {row} {what}. Check the network that makes them.")
         limit = None if before is None else self._limit(before, batch)
         # Autocast would compute the distances in bfloat16.
         with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
@@ -240,6 +256,8 @@ class EpisodicMemory(nn.Module):
 
     def _limit(self, before: int | Tensor, batch: torch.Size) -> Int[Tensor, " b"]:
         limit = torch.as_tensor(before, device=self.keys.device)
+        if limit.is_floating_point() or limit.dtype == torch.bool:
+            raise DtypeError(f"before must be a write time, which is a whole number, got {limit.dtype}.")
         if limit.dim() and limit.shape != batch:
             raise ShapeError(
                 f"before must be one number or have one for each query, shape {tuple(batch)}, got {tuple(limit.shape)}."
@@ -255,22 +273,26 @@ class EpisodicMemory(nn.Module):
         places = slots.clamp(min=0).reshape(-1)
         keys = self.keys.index_select(0, places).to(queries.dtype).view(*slots.shape, self.key_size)
         values = self.values.index_select(0, places).view(*slots.shape, *self.value_shape)
-        weights = _normalize(kernel.log_weights(queries, keys, distances), slots >= 0)
+        visible = slots >= 0
+        if not bool(visible.all()):
+            values[~visible] = 0
+        weights = _normalize(kernel.log_weights(queries, keys, distances), visible)
         return Context(keys, values, weights, distances, slots)
 
     def _read_all(self, queries: Tensor, kernel: Kernel, limit: Tensor | None) -> Context:
         order = self.written.argsort(stable=True)[self.capacity - len(self) :]  # occupied slots, oldest first
         keys, values = self.keys[order].to(queries.dtype), self.values[order]
         shape = (len(queries), len(order))
-        # In float64 the expanded form is accurate enough; a Euclidean kernel needs small distances to be right.
         distances = _expanded_distances(queries, keys)
+        log_weights = kernel.log_weights(queries, keys, distances)
+        slots, values = order.expand(shape), values.expand(*shape, *self.value_shape)
         visible = torch.ones(shape, dtype=torch.bool, device=queries.device)
         if limit is not None:
             visible = self.written[order] < limit.unsqueeze(1)
-        weights = _normalize(kernel.log_weights(queries, keys, distances), visible)
-        slots = order.expand(shape).masked_fill(~visible, -1)
-        distances = distances.masked_fill(~visible, torch.inf)
-        return Context(keys.expand(*shape, -1), values.expand(*shape, *self.value_shape), weights, distances, slots)
+            hidden = ~visible
+            slots, distances = slots.masked_fill(hidden, -1), distances.masked_fill_(hidden, torch.inf)
+            values = values.masked_fill(hidden.view(*shape, *(1 for _ in self.value_shape)), 0)
+        return Context(keys.expand(*shape, -1), values, _normalize(log_weights, visible), distances, slots)
 
     def forget(self, slots: int | Int[Tensor, "..."]) -> None:
         """Removes entries at once and for good; their slots are the next to be reused.
@@ -282,9 +304,15 @@ class EpisodicMemory(nn.Module):
         Raises:
             SettingError: If a slot is outside the memory; then nothing is forgotten.
         """
-        asked = torch.as_tensor(slots, device=self.keys.device).reshape(-1).unique()
-        if asked.is_floating_point() or (len(asked) and not (-1 <= int(asked[0]) and int(asked[-1]) < self.capacity)):
-            raise SettingError(f"slots must be whole numbers from 0 to {self.capacity - 1}, got {slots}.")
+        asked = torch.as_tensor(slots, device=self.keys.device).reshape(-1)
+        if len(asked) == 0:
+            return
+        if asked.is_floating_point() or asked.dtype == torch.bool:
+            raise SettingError(f"slots must be whole numbers, got {asked.dtype}. Turn a mask into slots by .nonzero().")
+        asked = asked.long().unique()
+        if not (-1 <= int(asked[0]) and int(asked[-1]) < self.capacity):
+            outside = int(asked[0]) if int(asked[0]) < -1 else int(asked[-1])
+            raise SettingError(f"slots must be from 0 to {self.capacity - 1} in this memory, got {outside}.")
         asked = asked[asked >= 0]
         gone = asked[self.written[asked] >= 0]
         if len(gone) == 0:
@@ -307,6 +335,14 @@ class EpisodicMemory(nn.Module):
         self.index.rebuild(self.keys, self.written)
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .cuda(), .half() and .double() call
+        key_dtype, value_dtype = fn(self.keys[:0]).dtype, fn(self.values[:0]).dtype
+        if (key_dtype != self.keys.dtype and bool(_too_large(self.keys.to(key_dtype)).any())) or (
+            value_dtype != self.values.dtype and _overflows(self.values, self.values.to(value_dtype))
+        ):
+            raise NonFiniteError(
+                f"entries of this memory overflow {key_dtype}, so it was not converted. Scale keys and values down, or "
+                "move the memory with .to(device) only."
+            )
         result = super()._apply(fn, recurse)
         self.index.rebuild(self.keys, self.written)
         return result
@@ -320,12 +356,27 @@ def _other_device(name: str, given: Tensor, memory: Tensor) -> str:
     return f"{name} are on {given.device}, the memory is on {memory.device}. Move one of them with .to()."
 
 
+def _too_large(keys: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
+    """Whether a key is NaN, infinite, or so large that a sum of squares in a search could overflow."""
+    dtype = compute_dtype(keys)
+    return ~(torch.linalg.vector_norm(keys, dim=1, dtype=dtype) < (torch.finfo(dtype).max / 64) ** 0.5)
+
+
+def _overflows(values: Tensor, stored: Tensor) -> bool:
+    return bool((stored.isinf() & ~values.isinf()).any())
+
+
 def _expanded_distances(queries: Float[Tensor, "b d"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
-    q, h = queries.double(), keys.double()
+    """Returns all squared distances by one product, in float64 and around the center: there the loss is small."""
+    h = keys.double()
+    center = h.sum(0) / max(1, len(h))
+    h, q = h - center, queries.double() - center
     squares = torch.addmm(h.square().sum(1), q, h.mT, alpha=-2).add_(q.square().sum(1, keepdim=True))
     return squares.clamp_(min=0).to(queries.dtype)
 
 
-def _normalize(log_weights: Float[Tensor, "b k"], visible: Tensor) -> Float[Tensor, "b k"]:
-    # A row without neighbors is all NaN after the softmax; its weights are zero.
-    return log_weights.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
+def _normalize(log_weights: Float[Tensor, "b k"], visible: Bool[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    # The largest finite numbers instead of infinite ones: inf - inf is NaN. A row without neighbors gets zeros.
+    limits = torch.finfo(log_weights.dtype)
+    log_weights = log_weights.clamp(limits.min, limits.max).masked_fill_(~visible, -torch.inf)
+    return log_weights.softmax(-1).masked_fill(~visible, 0.0)

@@ -4,13 +4,15 @@ An index never owns the keys. It keeps what can be derived from them (here: norm
 can be rebuilt at any time, so a memory's ``state_dict`` is complete without it.
 """
 
+import os
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-_SCRATCH = 16 * 2**20  # bytes of the distance buffer of one block: stays in the cache
+_SCRATCH = 16 * 2**20  # bytes that one block of a search works on: stays in the cache
 _GATHER = 4 * 2**20  # bytes of keys gathered at once when distances are recomputed
 
 
@@ -23,7 +25,10 @@ class Neighbors(NamedTuple):
 
 @runtime_checkable
 class Index(Protocol):
-    """Finds neighbors among ``keys``, of which the slots with ``written >= 0`` are occupied."""
+    """Finds neighbors among ``keys``, of which the slots with ``written >= 0`` are occupied.
+
+    The memory calls ``rebuild`` once before anything else, and ``update`` after every change.
+    """
 
     def rebuild(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"]) -> None:
         """Forgets everything derived and derives it anew (after loading, moving, converting)."""
@@ -41,7 +46,15 @@ class Index(Protocol):
         neighbors: int,
         before: Int[Tensor, " b"] | None,
     ) -> Neighbors:
-        """Returns the nearest entries of each query, written before ``before`` where that is given."""
+        """Returns the nearest entries of each query, of equally near ones the older first.
+
+        Args:
+            keys: All slots, in the dtype in which they are stored.
+            written: When each slot was written; -1 where it is empty.
+            queries: One or more, in the dtype in which distances are computed.
+            neighbors: How many to find; at least one, and never more than there are entries.
+            before: Where given, each query sees only the entries with ``written < before``.
+        """
         ...
 
 
@@ -60,12 +73,15 @@ def exact_distances(
     """
     batch, count = slots.shape
     out = queries.new_empty(batch, count)
-    rows = max(1, _GATHER // max(1, count * keys.shape[1] * queries.element_size()))
-    for start in range(0, batch, rows):
-        chunk = slots[start : start + rows]
-        found = keys.index_select(0, chunk.reshape(-1)).to(queries.dtype).view(*chunk.shape, -1)
-        found.sub_(queries[start : start + rows].unsqueeze(1))
-        torch.sum(found.square_(), dim=-1, out=out[start : start + rows])
+    at_once = max(1, _GATHER // (keys.shape[1] * queries.element_size()))
+    rows, columns = max(1, at_once // max(1, count)), max(1, min(count, at_once))
+    for row in range(0, batch, rows):
+        for column in range(0, count, columns):
+            part = slice(row, row + rows), slice(column, column + columns)
+            chunk = slots[part]
+            found = keys.index_select(0, chunk.reshape(-1)).to(queries.dtype).view(*chunk.shape, -1)
+            found.sub_(queries[part[0]].unsqueeze(1))
+            torch.sum(found.square_(), dim=-1, out=out[part])
     return out
 
 
@@ -73,51 +89,118 @@ def _nearest_first(
     distances: Float[Tensor, "b m"], slots: Int[Tensor, "b m"], written: Int[Tensor, " n"], count: int
 ) -> Neighbors:
     """Sorts by distance and, where that is equal, by age (older first), and keeps the first ``count``."""
-    age = written[slots].argsort(dim=1, stable=True)
+    age = written[slots].argsort(dim=1)
     distances, slots = distances.gather(1, age), slots.gather(1, age)
     order = distances.argsort(dim=1, stable=True)[:, :count]
     distances, slots = distances.gather(1, order), slots.gather(1, order)
     return Neighbors(distances, slots.masked_fill(distances == torch.inf, -1))
 
 
+class _Scan(NamedTuple):
+    """What one batch of queries needs to bound its distance to every entry from below.
+
+    With a center c near the keys, ``|h - q|^2 = |h - c|^2 - 2 (q - c).h + |q - c|^2 + 2 (q - c).c``. The *score* is
+    the first two terms and ``base`` the others, both lowered by as much as rounding can have raised them.
+    """
+
+    keys: Shaped[Tensor, "n d"]
+    written: Int[Tensor, " n"]
+    norms: Float[Tensor, " n"]
+    shifted: Float[Tensor, "b d"]
+    base: Float[Tensor, " b"]
+    before: Int[Tensor, " b"] | None
+
+    def only(self, rows: Tensor | slice) -> "_Scan":
+        before = None if self.before is None else self.before[rows]
+        return self._replace(shifted=self.shifted[rows], base=self.base[rows], before=before)
+
+    def blocks(self) -> Iterator[tuple[int, Float[Tensor, "b m"]]]:
+        """Yields, block by block, the first slot and the scores of a block of slots; infinite where none is seen."""
+        widest = len(self.shifted)
+        if self.keys.dtype != self.shifted.dtype:
+            widest = max(widest, self.keys.shape[1])  # a block of keys is converted
+        size = max(1, _SCRATCH // (self.shifted.element_size() * widest))
+        for start in range(0, len(self.norms), size):
+            block = slice(start, start + size)
+            rows = self.keys[block].to(self.shifted.dtype)
+            scores = torch.addmm(self.norms[block], self.shifted, rows.mT, alpha=-2)
+            if self.before is not None:
+                scores.masked_fill_(self.written[block] >= self.before.unsqueeze(1), torch.inf)
+            yield start, scores
+
+    def lowest(self, count: int) -> tuple[Float[Tensor, "b m"], Int[Tensor, "b m"]]:
+        """Returns the ``count`` lowest scores of each query, ascending, and their slots."""
+        best = slots = torch.empty(len(self.shifted), 0)
+        for start, scores in self.blocks():
+            top, places = scores.topk(min(count, scores.shape[1]), dim=1, largest=False)
+            places += start
+            if start > 0:
+                both, where = torch.cat([best, top], 1), torch.cat([slots, places], 1)
+                top, order = both.topk(min(count, both.shape[1]), dim=1, largest=False)
+                places = where.gather(1, order)
+            best, slots = top, places
+        return best, slots
+
+    def within(self, radius: Float[Tensor, " b"]) -> tuple[Int[Tensor, " m"], ...]:
+        """Returns, for each query, the slots whose distance may be ``radius`` or less."""
+        found = [torch.empty(0, 2, dtype=torch.long, device=self.keys.device)]
+        limit = (radius - self.base).unsqueeze(1)
+        for start, scores in self.blocks():
+            found.append((scores <= limit).nonzero())
+            found[-1][:, 1] += start
+        rows, slots = torch.cat(found).unbind(1)
+        return slots[rows.argsort(stable=True)].split(rows.bincount(minlength=len(radius)).tolist())
+
+
 class ExactIndex:
     """Exact search by blocked matrix products, with a proof for every query.
 
-    A first pass ranks all entries by the expanded form, which is fast and slightly wrong, and keeps twice as many
-    candidates as needed; their distances are then computed exactly. The result stands where even the largest
-    possible rounding error could not have hidden a nearer entry. Otherwise (duplicates, tight clusters) all
-    entries within that error of the K-th neighbor become candidates. So the neighbors are always the true ones.
+    A first pass ranks all entries by a lower bound of their distance, which is one matrix product, and keeps twice
+    as many candidates as needed; the candidates' distances are then computed by differences. The result stands
+    where the bound of every other entry lies above the K-th distance. Otherwise (duplicates, tight clusters) all
+    entries whose bound does not become candidates. So the neighbors are those that the distances by differences,
+    in float32 or float64, define: always, and whatever else is in the batch.
+
+    Example:
+        >>> from recollect import EpisodicMemory
+        >>> memory = EpisodicMemory(capacity=3, key_size=1, index=ExactIndex())  # as it is by default
+        >>> slots = memory.write(torch.tensor([[1.0], [5.0], [2.0]]), torch.arange(3))
+        >>> memory.read(torch.tensor([3.0]), neighbors=2).slots  # of the equally near 1.0 and 5.0 the older
+        tensor([2, 0])
     """
 
     def __init__(self) -> None:
         self._norms = torch.empty(0)  # |h - center|^2 of each slot, infinite where it is empty
-        self._center = torch.empty(0)  # a point near the keys: the smaller the norms, the smaller the rounding
-        self._centered = False
-        self._reach = torch.empty(0)  # no less than the largest |h| and the largest |h - center|^2 so far
+        self._center = torch.empty(0)  # the smaller the norms, the tighter the bounds
+        self._end = 0  # all slots from here on are empty
+        self._due = 0  # the center is taken anew after this many changes: the keys may drift
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
     def rebuild(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"]) -> None:
         dtype = compute_dtype(keys)
-        self._norms = torch.full((keys.shape[0],), torch.inf, dtype=dtype, device=keys.device)
+        occupied = (written >= 0).nonzero().squeeze(1)
         self._center = torch.zeros(keys.shape[1], dtype=dtype, device=keys.device)
-        self._centered = False
-        self._reach = torch.zeros(2, dtype=dtype, device=keys.device)
-        self.update(keys, written, (written >= 0).nonzero().squeeze(1))
+        for chunk in _chunks(occupied, keys):
+            self._center += keys[chunk].to(dtype).sum(0)
+        self._center /= max(1, len(occupied))
+        self._norms = torch.full((len(keys),), torch.inf, dtype=dtype, device=keys.device)
+        self._end = 0
+        self._due = max(1, len(occupied))
+        self._derive(keys, written, occupied)
 
+    @torch.inference_mode(False)
     def update(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"], slots: Int[Tensor, " m"]) -> None:
-        if len(slots) == 0:
-            return
-        chunks = slots.split(max(1, _SCRATCH // (4 * keys.shape[1])))
-        if not self._centered:
-            for chunk in chunks:
-                self._center += keys[chunk].to(self._center.dtype).sum(0)
-            self._center /= len(slots)
-            self._centered = True
-        for chunk in chunks:
-            rows = keys[chunk].to(self._center.dtype)
-            length = rows.square().sum(1).max().sqrt()
-            norms = (rows - self._center).square_().sum(1)
-            self._reach = torch.maximum(self._reach, torch.stack([length, norms.max()]))
+        self._due -= len(slots)
+        if self._due > 0:
+            self._derive(keys, written, slots)
+        else:
+            self.rebuild(keys, written)
+
+    def _derive(self, keys: Tensor, written: Tensor, slots: Tensor) -> None:
+        for chunk in _chunks(slots, keys):
+            norms = (keys[chunk].to(self._center.dtype) - self._center).square_().sum(1)
             self._norms[chunk] = norms.masked_fill_(written[chunk] < 0, torch.inf)
+            self._end = max(self._end, int(chunk.max()) + 1)
 
     def search(
         self,
@@ -127,86 +210,61 @@ class ExactIndex:
         neighbors: int,
         before: Int[Tensor, " b"] | None = None,
     ) -> Neighbors:
-        """Returns the ``neighbors`` nearest entries of each query. Needs at least that many occupied slots."""
-        found = []
-        for start in range(0, len(queries), 256):
-            part = slice(start, start + 256)
-            limit = None if before is None else before[part]
-            found.append(self._search(keys, written, queries[part], neighbors, limit))
-        return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-    def _search(
-        self, keys: Tensor, written: Tensor, queries: Tensor, neighbors: int, before: Tensor | None
-    ) -> Neighbors:
-        candidates = min(2 * neighbors + 1, len(keys))
-        scores, slots = self._candidates(keys, written, queries, candidates, before)
-        nearest = self._rerank(keys, written, queries, scores, slots, neighbors)
-        if candidates == len(keys):
-            return nearest
-        # An entry that is no candidate scores at least scores[:, -1]; offset + score is its distance up to `error`.
+        end, slack = self._end, _slack(queries)
         shifted = queries - self._center
-        offset = shifted.square().sum(1) + 2 * (shifted * self._center).sum(1)
-        error = self._error(shifted)
-        doubtful = scores[:, -1] + offset - error <= nearest.distances[:, -1]
-        doubtful &= nearest.distances[:, -1] < torch.inf
-        rows = doubtful.nonzero().squeeze(1)
-        for row in rows.split(16) if len(rows) else ():
-            limit = None if before is None else before[row]
-            radius = nearest.distances[row, -1] + error[row] - offset[row]
-            wanted = self._count(keys, written, queries[row], radius, limit)
-            scores, slots = self._candidates(keys, written, queries[row], wanted, limit)
-            exact = self._rerank(keys, written, queries[row], scores, slots, neighbors)
-            nearest.distances[row], nearest.slots[row] = exact.distances, exact.slots
+        length = shifted.norm(dim=1)
+        base = shifted.square().sum(1) + 2 * (shifted * self._center).sum(1)
+        base -= slack * length * (length + self._center.norm())
+        scan = _Scan(keys[:end], written[:end], self._norms[:end] * (1 - slack), shifted, base, before)
+        parts = [slice(start, start + 256) for start in range(0, len(queries), 256)]
+        found = [self._search(scan.only(part), queries[part], neighbors) for part in parts]
+        return Neighbors(torch.cat([part.distances for part in found]), torch.cat([part.slots for part in found]))
+
+    def _search(self, scan: _Scan, queries: Tensor, neighbors: int) -> Neighbors:
+        candidates = min(2 * neighbors + 1, len(scan.norms))
+        scores, slots = scan.lowest(candidates)
+        distances = exact_distances(queries, scan.keys, slots).masked_fill_(scores == torch.inf, torch.inf)
+        nearest = _nearest_first(distances, slots, scan.written, neighbors)
+        if candidates < len(scan.norms):
+            farthest = nearest.distances[:, -1]
+            doubtful = (scores[:, -1] + scan.base <= farthest) & (farthest < torch.inf)
+            self._settle(scan, queries, nearest, doubtful.nonzero().squeeze(1))
         return nearest
 
-    def _rerank(
-        self, keys: Tensor, written: Tensor, queries: Tensor, scores: Tensor, slots: Tensor, neighbors: int
-    ) -> Neighbors:
-        distances = exact_distances(queries, keys, slots).masked_fill_(scores == torch.inf, torch.inf)
-        return _nearest_first(distances, slots, written, neighbors)
+    def _settle(self, scan: _Scan, queries: Tensor, nearest: Neighbors, rows: Tensor) -> None:
+        """Replaces the neighbors of the queries ``rows``, which the first pass could not prove."""
+        count = nearest.slots.shape[1]
+        for some in rows.split(max(1, _SCRATCH // (16 * len(scan.norms)))) if len(rows) else ():
+            near = scan.only(some).within(nearest.distances[some, -1])
+            for row, slots in zip(some.tolist(), near, strict=True):
+                distances = exact_distances(queries[row : row + 1], scan.keys, slots.unsqueeze(0))
+                proven = _nearest_first(distances, slots.unsqueeze(0), scan.written, count)
+                nearest.distances[row], nearest.slots[row] = proven.distances[0], proven.slots[0]
 
-    def _blocks(self, keys: Tensor, written: Tensor, queries: Tensor, before: Tensor | None):
-        """Yields, block by block, the first slot and the scores ``|h - c|^2 - 2 (q - c).h`` of a block of keys."""
-        widest = len(queries) if keys.dtype == queries.dtype else max(len(queries), keys.shape[1])
-        size = max(1, _SCRATCH // (queries.element_size() * widest))  # scores, and keys that must be converted
-        shifted = queries - self._center
-        for start in range(0, len(keys), size):
-            rows = keys[start : start + size].to(queries.dtype)
-            scores = torch.addmm(self._norms[start : start + size], shifted, rows.mT, alpha=-2)
-            if before is not None:
-                scores.masked_fill_(written[start : start + size] >= before.unsqueeze(1), torch.inf)
-            yield start, scores
 
-    def _candidates(
-        self, keys: Tensor, written: Tensor, queries: Tensor, count: int, before: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        best, slots = [], []
-        for start, scores in self._blocks(keys, written, queries, before):
-            top = scores.topk(min(count, scores.shape[1]), dim=1, largest=False)
-            best.append(top.values)
-            slots.append(top.indices + start)
-        if len(best) == 1:
-            return best[0], slots[0]
-        merged = torch.cat(best, 1).topk(count, dim=1, largest=False)
-        return merged.values, torch.cat(slots, 1).gather(1, merged.indices)
+def _chunks(slots: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    return slots.split(max(1, _SCRATCH // (8 * keys.shape[1]))) if len(slots) else ()
 
-    def _count(
-        self, keys: Tensor, written: Tensor, queries: Tensor, radius: Float[Tensor, " b"], before: Tensor | None
-    ) -> int:
-        counts = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-        for _, scores in self._blocks(keys, written, queries, before):
-            near: Bool[Tensor, "b n"] = scores <= radius.unsqueeze(1)
-            counts += near.sum(1)
-        return int(counts.max())
 
-    def _error(self, shifted: Tensor) -> Float[Tensor, " b"]:
-        """Bounds how far ``offset + score`` can be from the true squared distance by rounding.
+def _slack(queries: Tensor) -> float:
+    """Returns what part of ``A + S^2 + S |c|`` rounding can amount to, with ``A = |h - c|^2`` and ``S = |q - c|``.
 
-        The classical bound for sums of d products, ``d * eps`` times the sum of their absolute values, twice.
-        """
-        unit = torch.finfo(shifted.dtype).eps * (shifted.shape[1] + 8)
-        if shifted.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-            unit = max(unit, 2.0**-6)  # the process allows products to round their factors to bfloat16
-        length, norm = self._reach.unbind()
-        shift = shifted.norm(dim=1)
-        return 2 * unit * (norm + shift.square() + shift * (length + self._center.norm()))
+    A sum of d products is wrong by at most d eps / 2 times the sum of their absolute values. The four sums in score
+    and base are bounded by ``A + 2 S |h| + S^2 + 2 S |c| <= 2 (A + S^2 + 2 S |c|)``, as ``|h|`` is at most
+    ``|h - c| + |c|``; the distance by differences adds ``|h - q|^2 <= 2 (A + S^2)``. That makes 2 d eps; 8 stands for
+    the few operations around the sums.
+    """
+    slack = 2 * torch.finfo(queries.dtype).eps * (queries.shape[1] + 8)
+    if queries.dtype == torch.float32 and _rounds_factors():
+        slack += 2.0**-6
+    return slack
+
+
+def _rounds_factors() -> bool:
+    """Whether this process allows float32 products to round their factors, to bfloat16 at worst (8 bits)."""
+    if any(os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT" for name in ("DNNL", "ONEDNN")):
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the settings of the backends differ
+        return True

@@ -13,7 +13,7 @@ class Context(NamedTuple):
 
     ``k`` is the number of neighbors asked for or the number of entries, whichever is smaller, sorted from near to
     far; of equally near entries the older comes first. Where ``before=`` hides so much that a query has fewer
-    neighbors, the places left over have slot -1, weight 0 and infinite distance.
+    neighbors, the places left over have slot -1, weight 0, value 0 and infinite distance; their keys mean nothing.
     """
 
     keys: Float[Tensor, "*b k d"]
