@@ -10,8 +10,7 @@ import torch
 from correct_a_classifier import deployed_classifier
 from torch import nn
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, rules
-from recollect import load, save
+from recollect import EpisodicMemory, LocalAdaptation, MbPA, load, rules, save
 
 
 def main() -> None:

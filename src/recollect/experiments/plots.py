@@ -56,7 +56,9 @@ def save(picture: "Figure", path: Path) -> None:
 
 
 def curves(lines: Sequence[Curve], path: Path, *, title: str, xlabel: str, ylabel: str) -> None:
-    """Draws lines with a band of one standard error, each named where it ends."""
+    """Draws lines with a band of one standard error; the legend stands in the order in which they end."""
+    from matplotlib.ticker import MaxNLocator
+
     picture, axes = figure(7.6, 4.4)
     for line in lines:
         axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=1.8, label=line.label)
@@ -66,7 +68,7 @@ def curves(lines: Sequence[Curve], path: Path, *, title: str, xlabel: str, ylabe
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     order = sorted(range(len(lines)), key=lambda i: -lines[i].mean[-1])
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
