@@ -88,7 +88,7 @@ class MbPA(nn.Module):
         self.head = head
         self.memory = memory
         self.neighbors = neighbors
-        self.adaptation = adaptation
+        self._adaptation = adaptation
         self.kernel = kernel
         self.likelihood = likelihood
         self._head = Head(head)
