@@ -203,4 +203,6 @@ def test_public_names_are_documented_with_an_example(name: str) -> None:
     assert not generated, f"{name} has no docstring of its own"
     is_result = isinstance(thing, type) and issubclass(thing, tuple)  # results are returned, not made
     if not isinstance(thing, types.ModuleType) and not is_result:
-        assert ">>>" in text, f"the docstring of {name} has no example"
+        short = name.rpartition(".")[2]
+        lines = [line.strip() for line in text.splitlines()]
+        assert any(line.startswith((">>>", "...")) and short in line for line in lines), f"{name} has no example"

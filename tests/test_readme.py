@@ -21,7 +21,8 @@ def name(page: Path) -> str:
 
 def run(page: Path, folder: Path) -> str:
     """Runs the page's Python blocks one after the other, as if typed at the root of a checkout."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(BLOCK.findall(page.read_text()))],
         cwd=folder,
@@ -55,7 +56,7 @@ def test_the_code_of_the_readme_runs_and_prints_the_numbers_in_its_table(tmp_pat
 def test_the_first_thirty_lines_tell_the_story() -> None:
     top = "\n".join(README.splitlines()[:30])
     assert "episodic memory" in top
-    assert "docs/images/demo.png" in top
+    assert re.search(r"!\[.+\]\(.+\.png\)", top)
     assert "make demo" in top
     assert "make test" in top
     assert len([line for line in top.splitlines() if line.startswith("|") and len(percentages(line)) == 2]) == 2

@@ -475,7 +475,7 @@ def test_gradients_are_not_kept() -> None:
     memory.write(keys * 2, values * 3)
     context = memory.read(queries * 2, 2)
     assert not any(part.requires_grad for part in context)
-    assert not any(tensor.requires_grad for tensor in memory.state_dict().values())
+    assert not any(buffer.requires_grad for buffer in memory.buffers())
     assert not list(memory.parameters())
 
 

@@ -132,7 +132,7 @@ class EpisodicMemory(nn.Module):
         kept = min(count, self.capacity)
         first = int(self.position) + count - kept
         slots = self.queue[(first + torch.arange(kept, device=self.queue.device)) % self.capacity]
-        self.size += (self.written[slots] < 0).sum()
+        self.size.add_(count).clamp_(max=self.capacity)  # empty slots come first in the queue
         self.keys[slots] = new_keys[-kept:]
         self.values[slots] = new_values[-kept:]
         step = int(self.step) + count
@@ -238,7 +238,7 @@ class EpisodicMemory(nn.Module):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
         self._check_keys(queries, "queries")
         batch = queries.shape[:-1]
-        flat = queries.detach().reshape(-1, self.key_size).to(compute_dtype(self.keys))
+        flat = queries.reshape(-1, self.key_size).to(compute_dtype(self.keys))
         bad = _too_large(flat)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])

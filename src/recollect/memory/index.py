@@ -188,7 +188,6 @@ class ExactIndex:
         self._due = max(1, len(occupied))
         self._derive(keys, written, occupied)
 
-    @torch.inference_mode(False)
     def update(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"], slots: Int[Tensor, " m"]) -> None:
         self._due -= len(slots)
         if self._due > 0:
