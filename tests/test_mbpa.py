@@ -176,6 +176,13 @@ def test_adaptation_of_ones_own() -> None:
     assert not model.explain(keys[0]).exact
 
 
+def test_adaptation_cannot_be_exchanged() -> None:
+    model = layer()
+    assert model.adaptation is SGD
+    with pytest.raises(AttributeError):
+        model.adaptation = LocalAdaptation(rules.sgd(9.0), steps=9)
+
+
 # Explanations
 
 

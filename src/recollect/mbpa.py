@@ -94,6 +94,11 @@ class MbPA(nn.Module):
         self._head = Head(head)
         self._adapter = adaptation.bind(self._head, likelihood)
 
+    @property
+    def adaptation(self) -> Adaptation:
+        """How the head is fitted; bound to the head for good, so that another one needs a new ``MbPA``."""
+        return self._adaptation
+
     def forward(self, keys: Float[Tensor, "*b d"], *, before: Before = None) -> Float[Tensor, "*b c"]:
         """Predicts with the head adapted to each key.
 
