@@ -1,4 +1,4 @@
-"""The house plan, read from the source: which way imports go, how long files are, what is documented."""
+"""The layout, read from the source: which way imports go, how long files are, what is documented."""
 
 import ast
 import inspect

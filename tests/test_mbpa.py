@@ -16,6 +16,7 @@ from recollect import (
     MbPA,
     NonParametric,
     Parametric,
+    gaussian,
     inverse_distance,
     rules,
 )
@@ -395,3 +396,65 @@ def test_outputs_must_be_rows() -> None:
     model = layer(head=nn.Sequential(nn.Linear(KEY, 1), nn.Flatten(0)), likelihood=Gaussian())
     with pytest.raises(ShapeError, match=r"\(b, c\)"):
         model(torch.zeros(2, KEY, dtype=DOUBLE))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adaptation": rules.sgd(0.1)}, "adaptation must be an adaptation, such as LocalAdaptation"),
+        ({"memory": None}, "memory must be a memory"),
+        ({"kernel": gaussian}, "kernel must be a kernel"),
+        ({"kernel": "gaussian"}, "kernel must be a kernel"),
+        ({"likelihood": Gaussian}, "likelihood must be a likelihood"),
+        ({"head": lambda keys: keys}, "head must be a torch.nn.Module"),
+    ],
+)
+def test_the_wrong_kind_of_part_is_refused_in_the_constructor(change: dict, message: str) -> None:
+    memory = EpisodicMemory(capacity=10, key_size=4)
+    adaptation = LocalAdaptation(rules.sgd(0.1), steps=1)
+    parts = {"head": torch.nn.Linear(4, 3), "memory": memory, "neighbors": 2, "adaptation": adaptation, **change}
+    with pytest.raises(SettingError, match=message):
+        MbPA(parts.pop("head"), parts.pop("memory"), **parts)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_lists_are_refused_by_name() -> None:
+    memory = EpisodicMemory(capacity=10, key_size=4)
+    model = MbPA(torch.nn.Linear(4, 3), memory, neighbors=2, adaptation=LocalAdaptation(rules.sgd(0.1), steps=1))
+    for call in (lambda: model([1.0] * 4), lambda: model.explain([1.0] * 4), lambda: memory.read([1.0] * 4, 2)):
+        with pytest.raises(DtypeError, match="must be a tensor, got list"):
+            call()
+    with pytest.raises(DtypeError, match="values must be a tensor, got int"):
+        memory.write(torch.ones(1, 4), 1)
+
+
+@pytest.mark.parametrize("rule", [rules.sgd(0.01), rules.rmsprop(0.01), rules.adam(0.01)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_heads_stay_finite(rule, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory = EpisodicMemory(capacity=100, key_size=4)
+    memory.write(torch.randn(20, 4, generator=generator), torch.randint(3, (20,), generator=generator))
+    head = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).to(dtype)
+    model = MbPA(head, memory, neighbors=5, adaptation=LocalAdaptation(rule, steps=3))
+    assert bool(model(torch.randn(20, 4, generator=generator)).isfinite().all())
+
+
+def test_a_head_that_decides_by_its_input_is_refused_with_a_reason() -> None:
+    class Deciding(torch.nn.Linear):
+        def forward(self, keys):
+            return super().forward(keys if keys.sum() > 0 else -keys)
+
+    memory = EpisodicMemory(capacity=10, key_size=4)
+    memory.write(torch.ones(2, 4), torch.tensor([0, 1]))
+    model = MbPA(Deciding(4, 3), memory, neighbors=2, adaptation=LocalAdaptation(rules.sgd(0.1), steps=1))
+    with pytest.raises(HeadError, match="decides by the values"):
+        model(torch.ones(3, 4))
+
+
+def test_a_head_of_another_key_size_is_refused_with_the_sizes() -> None:
+    memory = EpisodicMemory(capacity=10, key_size=4)
+    memory.write(torch.ones(2, 4), torch.tensor([0, 1]))
+    model = MbPA(torch.nn.Linear(7, 3), memory, neighbors=2, adaptation=LocalAdaptation(rules.sgd(0.1), steps=1))
+    with pytest.raises(ShapeError, match="of size 4"):
+        model(torch.ones(3, 4))

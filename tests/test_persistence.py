@@ -402,7 +402,6 @@ class MyRule:
     [
         (lambda: NonParametric(filled(), classes=5, neighbors=3, kernel=MyKernel()), "kernel"),
         (lambda: Parametric(nn.Linear(6, 5), likelihood=MyGaussian()), "likelihood"),
-        (lambda: NonParametric(filled(), classes=5, neighbors=3, kernel=inverse_distance(torch.tensor(1.0))), "kernel"),
         (
             lambda: MbPA(mlp(), filled(), neighbors=3, adaptation=LocalAdaptation(MyRule(0.1), steps=1)),
             "adaptation.rule",

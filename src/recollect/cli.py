@@ -4,6 +4,7 @@ An error is one line on standard error and exit status 2; Ctrl-C is one line and
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import itertools
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, RecollectError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}. Make room or choose another folder with --out."
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        return f"{error.strerror}{where}.{' Make room, or choose another folder with --out.' if full else ''}"
     return " ".join(str(error).split())
 
 

@@ -4,6 +4,11 @@ A message says what we got, what we need and what to do. ``except RecollectError
 ``except ValueError`` keeps working for callers who do not know this library.
 """
 
+import math
+from typing import Any
+
+from torch import Tensor
+
 
 class RecollectError(Exception):
     """The base of every error that recollect raises on purpose."""
@@ -51,3 +56,35 @@ class MissingDataError(RecollectError, FileNotFoundError):
 
 class MissingExtraError(RecollectError, ImportError):
     """An optional dependency is not installed."""
+
+
+def require(name: str, value: object, kind: type, example: str) -> None:
+    """Refuses an argument that is not an instance of ``kind`` (a class in place of its instance is the usual slip).
+
+    Raises:
+        SettingError: If it is not.
+    """
+    if isinstance(value, type) or not isinstance(value, kind):
+        raise SettingError(f"{name} must be {example}, got {value!r}.")
+
+
+def require_number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
+    """Refuses an argument that is no finite number, or not at least ``low``, or not above ``above``.
+
+    Raises:
+        SettingError: If it is not.
+    """
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or (low is not None and value < low) or (above is not None and value <= above):
+        limit = f" of at least {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
+        raise SettingError(f"{name} must be a finite number{limit}, got {value!r}.")
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Refuses lists, arrays and numbers where a tensor is needed.
+
+    Raises:
+        DtypeError: If ``value`` is no tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}. Use torch.as_tensor(...).")

@@ -6,14 +6,13 @@ logarithm keeps a Gaussian of far-away neighbors from underflowing to 0/0.
 Paper: Section 2, ``kern(h, q) = 1 / (epsilon + ||h - q||^2)``.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from recollect.errors import SettingError
+from recollect.errors import require_number
 
 
 @runtime_checkable
@@ -31,11 +30,6 @@ class Kernel(Protocol):
             distances: Squared Euclidean distances, ``(b, k)``.
         """
         ...
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise SettingError(f"{name} must be a finite number above 0, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class inverse_distance:  # reads as a function where it is used
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require_positive("epsilon", self.epsilon)
+        require_number("epsilon", self.epsilon, above=0.0)
 
     def log_weights(
         self,
@@ -90,7 +84,7 @@ class gaussian:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        _require_positive("bandwidth", self.bandwidth)
+        require_number("bandwidth", self.bandwidth, above=0.0)
 
     def log_weights(
         self,
@@ -122,8 +116,7 @@ class dot_product:
     flatness: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.flatness):
-            raise SettingError(f"flatness must be a finite number, got {self.flatness}.")
+        require_number("flatness", self.flatness)
 
     def log_weights(
         self, queries: Float[Tensor, "b d"], keys: Float[Tensor, "*b k d"], distances: Float[Tensor, "b k"]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from recollect.errors import DtypeError, EmptyMemoryError, LabelError, SettingError, ShapeError
+from recollect.errors import DtypeError, EmptyMemoryError, LabelError, SettingError, ShapeError, require_number
 
 
 @runtime_checkable
@@ -120,8 +120,7 @@ class Gaussian:
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.variance) and self.variance > 0):
-            raise SettingError(f"variance must be a finite number above 0, got {self.variance}.")
+        require_number("variance", self.variance, above=0.0)
 
     def log_prob(self, outputs: Float[Tensor, "*b c"], values: Float[Tensor, "*b c"]) -> Float[Tensor, "*b"]:
         """Returns the log-density, summed over the outputs."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from recollect.adaptation import Adaptation, Head
 from recollect.adaptation.factored import Factored
-from recollect.errors import SettingError, ShapeError
+from recollect.errors import SettingError, ShapeError, require, require_tensor
 from recollect.kernels import Kernel, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Context, Memory
-from recollect.predictors import Before, in_chunks, key_bytes, undisturbed
+from recollect.predictors import Before, in_chunks, key_bytes, require_parts, undisturbed
 
 
 class Explanation(NamedTuple):
@@ -85,6 +85,8 @@ class MbPA(nn.Module):
         super().__init__()
         if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
             raise SettingError(f"neighbors must be a whole number above 0, got {neighbors!r}.")
+        require("adaptation", adaptation, Adaptation, "an adaptation, such as LocalAdaptation(rules.sgd(0.1), steps=5)")
+        require_parts(memory, kernel, likelihood)
         self.head = head
         self.memory = memory
         self.neighbors = neighbors
@@ -128,7 +130,12 @@ class MbPA(nn.Module):
         dtype = self._head.dtype()
         queries = keys.to(dtype)
         if context.slots.numel():
-            outputs = self._head({}, queries[:1])
+            try:
+                outputs = self._head({}, queries[:1])
+            except RuntimeError as error:
+                raise ShapeError(
+                    f"the head cannot take keys of size {keys.shape[-1]}, the memory's: {error}"
+                ) from error
             if outputs.dim() != 2:
                 raise ShapeError(f"the head must map keys (b, d) to outputs (b, c), but (1, d) became {outputs.shape}.")
             self.likelihood.check_values(context.values, outputs.shape[1])
@@ -148,6 +155,7 @@ class MbPA(nn.Module):
         Raises:
             ShapeError: If ``key`` is not a single key.
         """
+        require_tensor("key", key)
         if key.dim() != 1:
             raise ShapeError(f"explain takes one key of shape (key_size,), got {tuple(key.shape)}.")
         with undisturbed(key.device):

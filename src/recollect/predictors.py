@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recollect.adaptation import Head
-from recollect.errors import NonFiniteError, SettingError, ShapeError
+from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_tensor
 from recollect.kernels import Kernel, dot_product, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Memory
@@ -36,6 +36,7 @@ class Predictor(Protocol):
 
 def key_bytes(keys: Tensor) -> int:
     """Returns how many bytes one key takes in float32."""
+    require_tensor("keys", keys)
     return 4 * keys.shape[-1:].numel()
 
 
@@ -46,6 +47,17 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     autocast = torch.autocast(device.type, enabled=False) if known else nullcontext()
     with torch.inference_mode(False), torch.no_grad(), autocast:
         yield
+
+
+def require_parts(memory: object, kernel: object, likelihood: object) -> None:
+    """Refuses what is no memory, kernel or likelihood.
+
+    Raises:
+        SettingError: By the argument's name.
+    """
+    require("memory", memory, Memory, "a memory, such as EpisodicMemory(capacity=1000, key_size=64)")
+    require("kernel", kernel, Kernel, "a kernel, such as inverse_distance(epsilon=1e-3)")
+    require("likelihood", likelihood, Likelihood, "a likelihood, such as Categorical()")
 
 
 def in_chunks(
@@ -59,6 +71,7 @@ def in_chunks(
         before: As in ``EpisodicMemory.read``.
         bytes_per_query: What one query needs while ``predict`` works on it.
     """
+    require_tensor("keys", keys)
     if keys.dim() == 0:
         raise ShapeError("keys must have shape (*, key_size), got a single number.")
     batch = keys.shape[:-1]
@@ -157,8 +170,9 @@ class NonParametric(nn.Module):
         likelihood: Likelihood = Categorical(),
     ) -> None:
         super().__init__()
-        if isinstance(likelihood, Categorical) and (classes is None or classes < 1):
-            raise SettingError(f"a vote over labels needs the number of classes, got classes={classes}.")
+        require_parts(memory, kernel, likelihood)
+        if isinstance(likelihood, Categorical) and not (isinstance(classes, int) and classes > 0):
+            raise SettingError(f"a vote over labels needs the number of classes, got classes={classes!r}.")
         if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
         self.memory = memory

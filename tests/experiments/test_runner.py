@@ -47,6 +47,12 @@ def test_a_foreign_config_is_refused(tmp_path: Path) -> None:
         Run(tmp_path, {})
 
 
+def test_results_without_their_settings_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(FormatError, match="missing"):
+        Run(tmp_path, {})
+
+
 def test_config_records_settings_and_versions(tmp_path: Path) -> None:
     Run(tmp_path, {"memory": (1, 2)})
     record = json.loads((tmp_path / "config.json").read_text())

@@ -176,9 +176,9 @@ def test_a_forgotten_entry_is_gone() -> None:
 
 def test_padding_holds_nothing_of_hidden_entries() -> None:
     memory = EpisodicMemory(4, 2, value_shape=(1,), value_dtype=torch.float32)
-    memory.write(torch.ones(3, 2), torch.tensor([[torch.nan], [5.0], [6.0]]))
+    memory.write(torch.ones(3, 2), torch.tensor([[9.0], [5.0], [6.0]]))
     memory.forget(0)
-    memory.write(torch.ones(1, 2), torch.tensor([[torch.nan]]))
+    memory.write(torch.ones(1, 2), torch.tensor([[9.0]]))
     for neighbors in (3, None):
         context = memory.read(torch.zeros(1, 2), neighbors, before=2)
         assert sorted(context.values.flatten().tolist()) == [0.0, 0.0, 5.0]
@@ -494,3 +494,12 @@ def test_written_tensors_are_copied() -> None:
     for part in near:
         part.zero_()
     assert unchanged(memory, before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_by_row(value: float) -> None:
+    memory = EpisodicMemory(4, 2, value_shape=(1,), value_dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    with pytest.raises(NonFiniteError, match="row 1"):
+        memory.write(torch.ones(2, 2), torch.tensor([[1.0], [value]]))
+    assert all(torch.equal(memory.state_dict()[name], tensor) for name, tensor in before.items())

@@ -7,6 +7,7 @@ from torch.func import vmap
 
 from recollect.adaptation.head import Head
 from recollect.adaptation.rules import Rule
+from recollect.errors import HeadError
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
@@ -55,18 +56,28 @@ class General:
         return max(1, _BUDGET // (4 * (copies + context.slots.shape[1] * widths)))
 
     def _adapt(self, theta: dict[str, Tensor], queries: Tensor, context: Context) -> Tensor:
-        outputs = vmap(self._head)
         prior = self._prior
         params = {name: p.expand(len(queries), *p.shape) for name, p in theta.items()}
         state = self._rule.init(params)
         for _ in range(self._steps):
             with torch.enable_grad():
                 leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-                likelihoods = self._likelihood.log_prob(outputs(leaves, context.keys), context.values)
+                likelihoods = self._likelihood.log_prob(self._outputs(leaves, context.keys), context.values)
                 losses = -(context.weights * likelihoods).sum(-1)
                 # No query's loss depends on another query's parameters: the gradient of the sum is that of each.
                 parts = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
             grads = dict(zip(leaves, parts, strict=True))
             delta, state = self._rule.update(grads, state, params, losses.detach())
             params = {n: p + delta[n] - prior * (p - theta[n]) if prior else p + delta[n] for n, p in params.items()}
-        return outputs(params, queries.unsqueeze(1)).squeeze(1)  # a head takes rows, not a bare vector
+        return self._outputs(params, queries.unsqueeze(1)).squeeze(1)  # a head takes rows, not a bare vector
+
+    def _outputs(self, params: dict[str, Tensor], keys: Float[Tensor, "b k d"]) -> Float[Tensor, "b k c"]:
+        try:
+            return vmap(self._head)(params, keys)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap"):
+                raise
+            raise HeadError(
+                f"the head ({type(self._head.module).__name__}) cannot be adapted for many queries side by side: its "
+                f"forward decides by the values in a tensor, or is random. Leave that part in the embedding. ({error})"
+            ) from error

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recollect.errors import HeadError
+from recollect.errors import HeadError, require
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
@@ -28,6 +28,7 @@ class Head:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        require("head", module, nn.Module, "a torch.nn.Module that maps keys to outputs")
         self.module = module
         _check(module)
         # deepcopy takes what its memo already holds, so the shell gets empty tensors instead of copies.

@@ -5,7 +5,6 @@ and MLP heads under gradient descent; ``general.py`` serves every head and every
 factored one wherever it is exact.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ from recollect.adaptation.factored import Factored
 from recollect.adaptation.general import General
 from recollect.adaptation.head import Head
 from recollect.adaptation.rules import Rule
-from recollect.errors import SettingError
+from recollect.errors import SettingError, require, require_number
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
@@ -72,15 +71,17 @@ class LocalAdaptation:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, type) or not isinstance(self.rule, Rule):
-            raise SettingError(f"rule must have init and update, such as rules.sgd(0.1), got {self.rule!r}.")
+        require("rule", self.rule, Rule, "a rule with init and update, such as rules.sgd(0.1)")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise SettingError(f"steps must be a whole number of at least 0, got {self.steps!r}.")
-        if not (math.isfinite(self.prior) and 0 <= self.prior < 1):
+        require_number("prior", self.prior, low=0.0)
+        if self.prior >= 1:
             raise SettingError(f"prior must be in [0, 1): at 1 every step forgets the one before. Got {self.prior}.")
-        if isinstance(self.parameters, str):
-            raise SettingError(f"parameters must be a tuple of names: parameters=({self.parameters!r},).")
-        if self.parameters is not None and len(self.parameters) == 0:
+        names = self.parameters
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
+            example = f"({names!r},)" if isinstance(names, str) else "('fc', 'norm.bias')"
+            raise SettingError(f"parameters must be a tuple of names, such as parameters={example}, got {names!r}.")
+        if names == ():
             raise SettingError("parameters=() lets nothing adapt: use steps=0 for that, or None for all parameters.")
         size = self.chunk_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from recollect.errors import SettingError
+from recollect.errors import SettingError, require_number
 
 Params = dict[str, Tensor]
 
@@ -43,12 +43,16 @@ class Rule(Protocol):
 
 def _check(**settings: float) -> None:
     for name, value in settings.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise SettingError(f"{name} must be a finite number of at least 0, got {value}.")
+        require_number(name, value, low=0.0)
         if name == "epsilon" and value == 0:
             raise SettingError("epsilon must be above 0: without it a parameter whose gradient is 0 becomes NaN.")
         if name not in {"rate", "epsilon"} and value >= 1:
             raise SettingError(f"{name} must be below 1, got {value}.")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Returns half precision as float32: there the squares of gradients and epsilon would be 0."""
+    return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,13 @@ class rmsprop:
         _check(rate=self.rate, decay=self.decay, epsilon=self.epsilon)
 
     def init(self, params: Params) -> Params:
-        return {name: torch.zeros_like(p) for name, p in params.items()}
+        return {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
 
     def update(self, grads: Params, state: Params, params: Params, loss: Tensor) -> tuple[Params, Params]:
+        grads = {name: _wide(g) for name, g in grads.items()}
         state = {name: self.decay * state[name] + (1 - self.decay) * g.square() for name, g in grads.items()}
-        return {name: -self.rate * g / (state[name].sqrt() + self.epsilon) for name, g in grads.items()}, state
+        delta = {name: -self.rate * g / (state[name].sqrt() + self.epsilon) for name, g in grads.items()}
+        return {name: d.to(params[name].dtype) for name, d in delta.items()}, state
 
 
 @dataclass(frozen=True)
@@ -155,16 +161,17 @@ class adam:
         _check(rate=self.rate, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon)
 
     def init(self, params: Params) -> tuple[int, Params, Params]:
-        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+        zeros = {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
         return 0, zeros, zeros
 
     def update(
         self, grads: Params, state: tuple[int, Params, Params], params: Params, loss: Tensor
     ) -> tuple[Params, tuple[int, Params, Params]]:
         step, first, second = state[0] + 1, state[1], state[2]
+        grads = {name: _wide(g) for name, g in grads.items()}
         first = {name: self.beta1 * first[name] + (1 - self.beta1) * g for name, g in grads.items()}
         second = {name: self.beta2 * second[name] + (1 - self.beta2) * g.square() for name, g in grads.items()}
         size = self.rate / (1 - self.beta1**step)
         scale = math.sqrt(1 - self.beta2**step)
         delta = {name: -size * m / (second[name].sqrt() / scale + self.epsilon) for name, m in first.items()}
-        return delta, (step, first, second)
+        return {name: d.to(params[name].dtype) for name, d in delta.items()}, (step, first, second)

@@ -196,6 +196,10 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
     for number, task in enumerate(tasks, 1):
         if learner is None:
             learner = Learner(settings, seed, task.train.inputs.shape[1], checkpoint)
+        if max(settings.final, settings.point) > len(task.test.labels):
+            raise SettingError(
+                f"--final and --point can be at most the {len(task.test.labels):,} test images of a task."
+            )
         # Tasks share their test images, so a part of them must not be the same part for every task.
         order = torch.randperm(len(task.test.labels), generator=torch.Generator().manual_seed(1000 * seed + number))
         seen.append(task.test.take(order))
@@ -220,7 +224,12 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
 def curves(rows: list[dict], seeds: list[int]) -> dict[str, list[list[float]]]:
     """Returns, for each curve, each seed's mean accuracy in percent over the tasks seen so far, after each task."""
     cells: dict[tuple[str, int, int], list[float]] = {}
+    fields = {"curve", "seed", "trained", "task", "correct", "total"}
     for row in rows:
+        if not fields <= row.keys():
+            raise FormatError(
+                f"results.jsonl holds a row that is no result of this experiment: {row}. Choose another --out."
+            )
         cells.setdefault((row["curve"], row["seed"], row["trained"]), []).append(row["correct"] / row["total"])
     names = list(dict.fromkeys(row["curve"] for row in rows))
     trained = sorted({row["trained"] for row in rows})

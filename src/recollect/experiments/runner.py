@@ -57,7 +57,7 @@ class Run:
         self.rows = read_rows(self._results)
         plain = json.loads(json.dumps(settings))
         config = folder / "config.json"
-        before = _read_config(config) if config.exists() and self.rows else {"settings": plain, "commands": []}
+        before = _read_config(config) if self.rows else {"settings": plain, "commands": []}
         other = sorted(k for k in plain.keys() | before["settings"].keys() if plain.get(k) != before["settings"].get(k))
         if other:
             what = ", ".join(f"{k}={before['settings'].get(k)} there, {plain.get(k)} asked" for k in other)
@@ -95,8 +95,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {"settings": dict(record["settings"]), "commands": list(record["commands"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} is not the record of a run. Choose another folder with --out.") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is missing or not the record of a run. Choose another folder with --out.") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from recollect.errors import DeviceError, DtypeError, NonFiniteError, SettingError, ShapeError
+from recollect.errors import (
+    DeviceError,
+    DtypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require,
+    require_tensor,
+)
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory.index import ExactIndex, Index, compute_dtype
 from recollect.memory.protocol import Context
@@ -125,7 +133,7 @@ class EpisodicMemory(nn.Module):
             DeviceError: If they are on another device than the memory.
             NonFiniteError: If a key is NaN, infinite or so large that squared distances overflow, by row number.
         """
-        new_keys, new_values = self._check_entries(keys.detach(), values.detach())
+        new_keys, new_values = self._check_entries(keys, values)
         count = len(new_keys)
         if count == 0:
             return self.queue[:0]
@@ -144,6 +152,7 @@ class EpisodicMemory(nn.Module):
 
     def _check_entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self._check_keys(keys, "keys")
+        require_tensor("values", values)
         rows = keys.shape[:-1]
         if tuple(values.shape) != (*rows, *self.value_shape):
             raise ShapeError(
@@ -152,7 +161,7 @@ class EpisodicMemory(nn.Module):
             )
         if values.device != self.values.device:
             raise DeviceError(_other_device("values", values, self.values))
-        flat = keys.reshape(-1, self.key_size)
+        flat = keys.detach().reshape(-1, self.key_size)
         stored = flat.to(self.keys.dtype)
         if self.keys.dtype == torch.uint8:
             bad = (stored.to(flat.dtype) != flat).any(1)
@@ -162,9 +171,14 @@ class EpisodicMemory(nn.Module):
             bad = _too_large(stored)
         if bool(bad.any()):
             self._refuse_rows(flat, bad)
-        return stored, self._as_stored(values).reshape(-1, *self.value_shape)
+        return stored, self._as_stored(values.detach()).reshape(-1, *self.value_shape)
 
     def _as_stored(self, values: Tensor) -> Tensor:
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            row = int((~values.isfinite()).nonzero()[0, 0]) if values.dim() else 0
+            raise NonFiniteError(
+                f"values must be finite, but row {row} holds NaN or infinity. Nothing of the batch was stored."
+            )
         wanted = self.values.dtype
         stored = values.to(wanted)
         lossy = not torch.can_cast(values.dtype, wanted)
@@ -197,6 +211,7 @@ class EpisodicMemory(nn.Module):
         )
 
     def _check_keys(self, keys: Tensor, name: str) -> None:
+        require_tensor(name, keys)
         if keys.dim() < 1 or keys.shape[-1] != self.key_size:
             raise ShapeError(
                 f"{name} must have shape (*, {self.key_size}) to match this memory, got {tuple(keys.shape)}. "
@@ -236,6 +251,7 @@ class EpisodicMemory(nn.Module):
         """
         if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
+        require("kernel", kernel, Kernel, "a kernel, such as inverse_distance(epsilon=1e-3)")
         self._check_keys(queries, "queries")
         batch = queries.shape[:-1]
         flat = queries.reshape(-1, self.key_size).to(compute_dtype(self.keys))
