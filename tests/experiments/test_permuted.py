@@ -45,6 +45,12 @@ def test_every_curve_is_measured_on_every_task_seen_so_far(tmp_path: Path) -> No
     assert not (tmp_path / "checkpoints" / "seed-0.safetensors").exists()
 
 
+def test_a_finished_run_trains_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_tiny(tmp_path).rows
+    monkeypatch.setattr(shared, "Learner", None)
+    assert run_tiny(tmp_path).rows == rows
+
+
 def test_a_run_killed_again_and_again_ends_like_one_left_alone(tmp_path: Path) -> None:
     alone = run_tiny(tmp_path / "alone")
     folder = tmp_path / "killed"
