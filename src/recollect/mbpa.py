@@ -133,9 +133,9 @@ class MbPA(nn.Module):
             try:
                 outputs = self._head({}, queries[:1])
             except RuntimeError as error:
-                raise ShapeError(
-                    f"the head cannot take keys of size {keys.shape[-1]}, the memory's: {error}"
-                ) from error
+                if "shape" not in str(error):
+                    raise
+                raise ShapeError(f"the head failed on keys of shape (1, {keys.shape[-1]}): {error}") from error
             if outputs.dim() != 2:
                 raise ShapeError(f"the head must map keys (b, d) to outputs (b, c), but (1, d) became {outputs.shape}.")
             self.likelihood.check_values(context.values, outputs.shape[1])

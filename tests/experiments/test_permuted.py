@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.data import permuted
+from recollect.data import Dataset, permuted
 from recollect.errors import FormatError, SettingError
-from recollect.experiments import demo, figure3
+from recollect.experiments import demo, figure3, figure3_tuning
 from recollect.experiments import permuted as shared
 from recollect.experiments.runner import Progress, Run
 
@@ -123,10 +122,47 @@ def test_bad_settings_are_named_by_their_flag(change: dict, message: str) -> Non
         dataclasses.replace(figure3.Figure3(), **change).settings()
 
 
-def test_validation_images_are_no_training_images() -> None:
-    if figure3.mnist.__module__ and not os.path.exists(os.environ.get("RECOLLECT_DATA", "../shared/data")):
-        pytest.skip("MNIST is not at hand: set RECOLLECT_DATA")
+def numbered(part: str) -> Dataset:
+    """Stands for MNIST: each image is its own number."""
+    count = {"train": 60_000, "test": 10_000}[part]
+    return Dataset(torch.arange(float(count)).unsqueeze(1), torch.arange(count) % 10)
+
+
+def test_validation_images_are_no_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure3, "mnist", numbered)
     train, validation = figure3.split()
     assert (len(train.labels), len(validation.labels)) == (50_000, 10_000)
-    again, _ = figure3.split()
-    assert torch.equal(train.labels, again.labels)
+    assert len(torch.cat([train.inputs, validation.inputs]).unique()) == 60_000
+
+
+def test_each_task_is_tuned_by_images_of_its_own() -> None:
+    rows = figure3_tuning.query_rows(figure3_tuning.Figure3Tuning(queries=400), 10_000)
+    assert [len(part) for part in rows] == [20] * 20
+    assert len(torch.cat(rows).unique()) == 400
+
+
+def test_a_network_of_other_settings_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "seed.safetensors"
+    train, _ = demo.split(demo.digits(), 0)
+    shared.Learner(TINY, 0, 64, path).learn(1, train)
+    for settings, seed in ((dataclasses.replace(TINY, epochs=2), 0), (TINY, 1)):
+        with pytest.raises(FormatError, match="other settings"):
+            shared.Learner(settings, seed, 64, path)
+
+
+def test_a_later_network_is_not_measured_for_an_earlier_task(tmp_path: Path) -> None:
+    train, _ = demo.split(demo.digits(), 0)
+    learner = shared.Learner(TINY, 0, 64, tmp_path / "checkpoints" / "seed-0.safetensors")
+    learner.learn(1, train)
+    learner.learn(2, train)
+    with pytest.raises(FormatError, match="lacks results of task 1"):
+        run_tiny(tmp_path)
+
+
+def test_more_test_images_than_there_are_are_refused(tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, final=501)
+    train, test = demo.split(demo.digits(), 0)
+    tasks = permuted(train, test, tasks=3, examples=200, generator=torch.Generator().manual_seed(0))
+    run = Run(tmp_path, {})
+    with Progress(1.0, "tiny") as progress, pytest.raises(SettingError, match="500"):
+        shared.run_seed(run, settings, 0, tasks, progress)

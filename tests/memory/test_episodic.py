@@ -500,6 +500,8 @@ def test_written_tensors_are_copied() -> None:
 def test_values_that_are_not_finite_are_refused_by_row(value: float) -> None:
     memory = EpisodicMemory(4, 2, value_shape=(1,), value_dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
-    with pytest.raises(NonFiniteError, match="row 1"):
+    with pytest.raises(NonFiniteError, match="row 1 "):
         memory.write(torch.ones(2, 2), torch.tensor([[1.0], [value]]))
+    with pytest.raises(NonFiniteError, match="row 3 "):
+        memory.write(torch.ones(2, 2, 2), torch.tensor([[[1.0], [2.0]], [[3.0], [value]]]))
     assert all(torch.equal(memory.state_dict()[name], tensor) for name, tensor in before.items())

@@ -121,5 +121,6 @@ def run(config: Figure3) -> str:
             tasks = permuted(train, test, tasks=settings.tasks, examples=settings.examples, generator=generator)
             shared.run_seed(record, settings, seed, tasks, progress)
     title = "Permuted MNIST: mean test accuracy over the tasks seen so far"
-    paper = PAPER if settings.tasks == _SCALES["paper"]["tasks"] else {}
+    protocol = ("tasks", "examples", "final")
+    paper = PAPER if all(getattr(settings, name) == _SCALES["paper"][name] for name in protocol) else {}
     return shared.report(record, list(range(config.seeds)), settings, title, paper)

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, NonParametric, dot_product, gaussian, inverse_distance
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    NonParametric,
+    Parametric,
+    dot_product,
+    gaussian,
+    inverse_distance,
+)
 from recollect import rules as update_rules
 from recollect.data import permuted
 from recollect.errors import SettingError
@@ -39,14 +49,14 @@ class Figure3Tuning:
     neighbors: tuple[int, ...] = (16, 32)
     """K of MbPA."""
     bandwidths: tuple[float, ...] = (0.0, 1.5, 2.0, 2.5)
-    """Widths of the Gaussian kernel of MbPA and of the vote; 0 stands for the inverse distance of the paper."""
-    rates: tuple[float, ...] = (0.05, 0.1)
+    """Widths of the Gaussian kernel of MbPA; 0 stands for the inverse distance of the paper."""
+    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     """Step sizes of MbPA."""
     steps: tuple[int, ...] = (10, 20)
     """Numbers of steps of MbPA."""
     vote_neighbors: tuple[int, ...] = (3, 5, 10, 32)
     """K of the vote."""
-    vote_bandwidths: tuple[float, ...] = (0.0, 0.75, 1.0, 1.25, 1.5)
+    vote_bandwidths: tuple[float, ...] = (0.0, 0.75, 1.0, 1.5, 2.0, 2.5)
     """Widths of the Gaussian kernel of the vote; 0 stands for the inverse distance."""
     random_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Step sizes of the control."""
@@ -61,19 +71,21 @@ def run(config: Figure3Tuning) -> str:
         MissingDataError: If MNIST is neither at hand nor can be downloaded.
         SettingError: If there are fewer queries than tasks, or ``out`` holds a run with other settings.
     """
-    if config.queries < config.tasks or config.tasks < 1:
-        raise SettingError(f"--queries must be at least --tasks, got {config.queries} and {config.tasks}.")
-    record = Run(config.out, {"tasks": config.tasks, "queries": config.queries})
-    settings = dataclasses.replace(Figure3(scale="paper"), tasks=config.tasks).settings()
-    learner = Learner(settings, _SEED, 784, config.out / "checkpoints" / "network.safetensors")
+    if config.queries < config.tasks or config.tasks < 1 or config.queries > 10_000:
+        raise SettingError(f"--queries must be from --tasks to 10000, got {config.queries} and {config.tasks}.")
+    settings = {"tasks": config.tasks, "queries": config.queries}
+    record = Run(config.out, settings)
+    training = dataclasses.replace(Figure3(scale="paper"), tasks=config.tasks).settings()
+    learner = Learner(training, _SEED, 784, config.out / "checkpoints" / "network.safetensors")
     train, validation = split()
     inputs, labels = [], []
+    rows = query_rows(config, len(validation.labels))
     generator = torch.Generator().manual_seed(10_000 + _SEED)
     for number, task in enumerate(
-        permuted(train, validation, tasks=config.tasks, examples=settings.examples, generator=generator), 1
+        permuted(train, validation, tasks=config.tasks, examples=training.examples, generator=generator), 1
     ):
         learner.learn(number, task.train)
-        part = task.test.take(slice(config.queries // config.tasks))
+        part = task.test.take(rows[number - 1])  # the tasks share their images: each is judged by others
         inputs.append(part.inputs)
         labels.append(part.labels)
     queries, answers = torch.cat(inputs), torch.cat(labels)
@@ -88,7 +100,13 @@ def run(config: Figure3Tuning) -> str:
             accuracy = float((predictor(queries).argmax(-1) == answers).float().mean())
             record.add(**point, accuracy=accuracy)
             progress.advance(cost)
-    return report(record)
+    return report(record, settings)
+
+
+def query_rows(config: Figure3Tuning, images: int) -> list[Tensor]:
+    """Returns, for each task, which validation images it is judged by; no two tasks have one in common."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(_SEED))
+    return list(order[: config.queries // config.tasks * config.tasks].view(config.tasks, -1))
 
 
 def _grid(config: Figure3Tuning, learner: Learner) -> Iterator[tuple[dict[str, Any], Predictor]]:
@@ -107,6 +125,7 @@ def _grid(config: Figure3Tuning, learner: Learner) -> Iterator[tuple[dict[str, A
     for k, rate, steps in itertools.product(config.neighbors, config.random_rates, config.random_steps):
         point = {"curve": f"random-{largest}", "neighbors": k, "rate": rate, "steps": steps}
         yield point, _mbpa(learner, anywhere, k, rate, steps, dot_product(0.0))
+    yield {"curve": "mlp", "neighbors": 0}, Parametric(learner.network)
 
 
 def _kernel(width: float) -> Kernel:
@@ -118,9 +137,14 @@ def _mbpa(learner: Learner, memory: EpisodicMemory, k: int, rate: float, steps: 
     return MbPA(learner.network, memory, neighbors=k, adaptation=adaptation, kernel=kernel)
 
 
-def report(record: Run) -> str:
+def report(record: Run, sample: dict[str, int]) -> str:
     """Writes the five best points of each grid as a table, and returns it."""
-    lines = ["| model | neighbors | bandwidth | rate | steps | accuracy (%) |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"Validation images, {sample['queries']} in all, {sample['tasks']} tasks.",
+        "",
+        "| model | neighbors | bandwidth | rate | steps | accuracy (%) |",
+        "|---|---|---|---|---|---|",
+    ]
     curves = list(dict.fromkeys(row["curve"] for row in record.rows))
     for curve in curves:
         best = sorted((row for row in record.rows if row["curve"] == curve), key=lambda row: -row["accuracy"])[:5]

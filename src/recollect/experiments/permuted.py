@@ -4,6 +4,8 @@ Paper: Section 4.1. One network is trained on one task after the other and forge
 keys are pixels, and the whole network is the head that adapts.
 """
 
+import dataclasses
+import json
 import os
 import statistics
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -112,13 +115,19 @@ class Learner:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            file.write(save({**tensors, "trained": torch.tensor(self.trained)}))
+            file.write(save({**tensors, "trained": torch.tensor(self.trained)}, {"run": self._run()}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
 
+    def _run(self) -> str:
+        """Returns what a network must have in common with this run, as text."""
+        return json.dumps({"seed": self._seed, **dataclasses.asdict(self._settings)}, sort_keys=True)
+
     def _restore(self, path: Path) -> None:
         try:
+            with safe_open(path, "pt") as file:
+                run = (file.metadata() or {}).get("run")
             tensors = load_file(path)
             self.network.load_state_dict({n: tensors[f"network.{n}"] for n, _ in self.network.named_parameters()})
             state: dict[int, dict[str, Tensor]] = {}
@@ -130,7 +139,11 @@ class Learner:
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.trained = int(tensors["trained"])
         except Exception as error:
-            raise FormatError(f"{path} is no checkpoint of this run ({error}). Delete it to train anew.") from error
+            raise FormatError(f"{path} is no checkpoint ({error}). Delete it to train anew.") from error
+        if run != self._run():
+            raise FormatError(
+                f"{path} is a network of other settings. Delete it to train anew, or choose another --out."
+            )
 
     def predictors(self) -> Iterator[tuple[str, Predictor]]:
         """Yields the curves' names and predictors, sharing the network and the memories."""
@@ -200,16 +213,14 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
     for number, task in enumerate(tasks, 1):
         if learner is None:
             learner = Learner(settings, seed, task.train.inputs.shape[1], checkpoint)
-        if max(settings.final, settings.point) > len(task.test.labels):
-            raise SettingError(
-                f"--final and --point can be at most the {len(task.test.labels):,} test images of a task."
-            )
+        if settings.final > len(task.test.labels):
+            raise SettingError(f"--final can be at most {len(task.test.labels)}, the test images of a task.")
         # Tasks share their test images, so a part of them must not be the same part for every task.
         order = torch.randperm(len(task.test.labels), generator=torch.Generator().manual_seed(1000 * seed + number))
         seen.append(task.test.take(order))
         learner.learn(number, task.train)
         last = number == settings.tasks
-        count = settings.final if last else max(1, settings.point // number)
+        count = settings.final if last else max(1, min(settings.point // number, settings.final))
         for name, predictor in learner.predictors():
             cost = _COST[name.partition("-")[0]]
             for place, test in enumerate(seen, 1):
@@ -218,6 +229,11 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
                 if run.find(**key) is not None:
                     progress.skip(cost * len(part.labels))
                     continue
+                if learner.trained > number:
+                    raise FormatError(
+                        f"{run.folder}/results.jsonl lacks results of task {number}, but the network has learned "
+                        f"{learner.trained} tasks. Delete {checkpoint} to train anew."
+                    )
                 learner.draws.manual_seed(1_000_000 * seed + 1000 * number + place)
                 correct = int((predictor(part.inputs).argmax(-1) == part.labels).sum())
                 run.add(**key, correct=correct, total=len(part.labels))
@@ -256,7 +272,7 @@ def report(record: Run, seeds: list[int], settings: Settings, title: str, paper:
     results = {name: _summary(runs) for name, runs in curves(record.rows, seeds).items()}
     lines = [
         f"Accuracy in percent over all {settings.tasks} tasks after the last one: {len(seeds)} "
-        f"seed{'s' if len(seeds) > 1 else ''}, {settings.final:,} test images for each task.",
+        f"seed{'s (+-: standard error)' if len(seeds) > 1 else ''}, {settings.final:,} test images for each task.",
         "",
         "| model | paper | ours | difference |" if paper else "| model | accuracy |",
         "|---|---|---|---|" if paper else "|---|---|",

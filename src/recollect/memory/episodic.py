@@ -131,7 +131,8 @@ class EpisodicMemory(nn.Module):
             ShapeError: If keys or values do not fit this memory or each other.
             DtypeError: If they cannot be stored in this memory's dtypes without loss of meaning.
             DeviceError: If they are on another device than the memory.
-            NonFiniteError: If a key is NaN, infinite or so large that squared distances overflow, by row number.
+            NonFiniteError: If a value or a key is not finite, or a key so large that squared distances overflow, by
+                row number.
         """
         new_keys, new_values = self._check_entries(keys, values)
         count = len(new_keys)
@@ -171,11 +172,11 @@ class EpisodicMemory(nn.Module):
             bad = _too_large(stored)
         if bool(bad.any()):
             self._refuse_rows(flat, bad)
-        return stored, self._as_stored(values.detach()).reshape(-1, *self.value_shape)
+        return stored, self._as_stored(values.detach().reshape(len(flat), *self.value_shape))
 
     def _as_stored(self, values: Tensor) -> Tensor:
         if values.is_floating_point() and not bool(values.isfinite().all()):
-            row = int((~values.isfinite()).nonzero()[0, 0]) if values.dim() else 0
+            row = int((~values.isfinite()).nonzero()[0, 0])
             raise NonFiniteError(
                 f"values must be finite, but row {row} holds NaN or infinity. Nothing of the batch was stored."
             )
