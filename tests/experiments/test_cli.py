@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recollect.cli import main
+from recollect.data import data_folder
 
 
 def recollect(*arguments: str, **settings) -> subprocess.CompletedProcess:
@@ -91,6 +92,26 @@ def test_figure2_is_drawn_and_the_adapted_network_is_nearest(tmp_path: Path) -> 
     assert errors["adapted network"] < errors["attention"] / 3
     assert errors["adapted network"] < errors["network"] / 3
     assert (tmp_path / "figure.png").exists()
+
+
+needs_mnist = pytest.mark.skipif(
+    data_folder() is None or not (data_folder() / "mnist" / "train-images-idx3-ubyte.gz").is_file(),
+    reason="MNIST is not at hand: set RECOLLECT_DATA to the folder that holds mnist/",
+)
+
+
+@needs_mnist
+def test_figure3_and_its_tuning_run_at_their_smallest(tmp_path: Path) -> None:
+    process = recollect("reproduce", "figure3", "--scale", "smoke", "--tasks", "2", "--out", str(tmp_path / "run"))
+    assert process.returncode == 0, process.stderr
+    assert "| MbPA, 100 per task |" in process.stdout
+    assert (tmp_path / "run" / "figure.png").exists()
+    grid = "--tasks 1 --queries 5 --neighbors 4 --bandwidths 2 --rates 0.05 --steps 1 --vote-neighbors 3"
+    more = "--vote-bandwidths 1 --random-rates 0.01 --random-steps 1"
+    process = recollect("reproduce", "figure3-tuning", *grid.split(), *more.split(), "--out", str(tmp_path / "grid"))
+    assert process.returncode == 0, process.stderr
+    for curve in ("mlp", "vote-250", "mbpa-1000", "random-1000"):
+        assert f"| {curve} |" in process.stdout
 
 
 def test_missing_data_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> None:
