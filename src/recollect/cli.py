@@ -96,7 +96,9 @@ def _refuse_more(rest: list[str]) -> None:
 def _reproduce(rest: list[str]) -> None:
     names = ", ".join(experiment.name for experiment in EXPERIMENTS)
     if not rest or rest[0] in {"--help", "-h"}:
-        print(f"usage: recollect reproduce NAME [--scale smoke|small|paper] [--out DIR] ...\n\nNAME: {names}")
+        print(
+            f"usage: recollect reproduce NAME [--out DIR] ...\n\nNAME: {names}\nrecollect reproduce NAME --help lists the settings."
+        )
         return
     for experiment in EXPERIMENTS:
         if experiment.name == rest[0]:

@@ -5,6 +5,7 @@ A message says what we got, what we need and what to do. ``except RecollectError
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +75,7 @@ def require_number(name: str, value: Any, *, low: float | None = None, above: fl
     Raises:
         SettingError: If it is not.
     """
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not finite or (low is not None and value < low) or (above is not None and value <= above):
         limit = f" of at least {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
         raise SettingError(f"{name} must be a finite number{limit}, got {value!r}.")
