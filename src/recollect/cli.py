@@ -96,9 +96,8 @@ def _refuse_more(rest: list[str]) -> None:
 def _reproduce(rest: list[str]) -> None:
     names = ", ".join(experiment.name for experiment in EXPERIMENTS)
     if not rest or rest[0] in {"--help", "-h"}:
-        print(
-            f"usage: recollect reproduce NAME [--out DIR] ...\n\nNAME: {names}\nrecollect reproduce NAME --help lists the settings."
-        )
+        print(f"usage: recollect reproduce NAME [--out DIR] ...\n\nNAME: {names}")
+        print("recollect reproduce NAME --help lists the settings.")
         return
     for experiment in EXPERIMENTS:
         if experiment.name == rest[0]:
