@@ -5,7 +5,6 @@ those of the tables below and nothing else, so a folder from a stranger runs no 
 beside it; ``snapshot.py`` writes and reads the two files.
 """
 
-import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -317,7 +316,8 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
     if kind is nn.Sequential:
         return nn.Sequential(OrderedDict(children))
     if kind is Mixture:
-        return Mixture(*children.values(), **settings)  # type: ignore[arg-type]
+        components: list[Any] = list(children.values())  # predictors, as they were when they were saved
+        return Mixture(*components, **settings)
     if kind in _CONTAINERS:
         return kind(**children, **settings)
     with torch.device("meta"):  # no memory is filled, no random number drawn
@@ -327,8 +327,7 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
 def _setting(value: object, path: str) -> object:
     """Returns a setting as JSON can hold it."""
     if _SETTINGS.get(type(value).__name__) is type(value):
-        fields = dataclasses.fields(value)  # type: ignore[arg-type]
-        settings = {f.name: _setting(getattr(value, f.name), _join(path, f.name)) for f in fields}
+        settings = {name: _setting(field, _join(path, name)) for name, field in vars(value).items()}
         return {"class": type(value).__name__, "settings": settings}
     if isinstance(value, list | tuple):
         return [_setting(item, path) for item in value]

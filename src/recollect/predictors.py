@@ -252,14 +252,15 @@ class Mixture(nn.Module):
         super().__init__()
         if len(components) < 1 or len(weights) != len(components):
             raise SettingError(f"each of the {len(components)} components needs one weight, got {len(weights)}.")
+        self.components = nn.ModuleList()
         for component in components:
-            if not isinstance(component, Predictor):
+            if not (isinstance(component, nn.Module) and isinstance(component, Predictor)):
                 raise SettingError(f"{type(component).__name__} is no predictor: wrap a head as Parametric(head).")
+            self.components.append(component)
         if not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
             raise SettingError(f"weights must be non-negative and sum to one, got {tuple(weights)}.")
         if len({type(component.likelihood) for component in components}) > 1:
             raise SettingError("the components must all predict labels or all predict means; these mix the two.")
-        self.components = nn.ModuleList(components)  # type: ignore[arg-type]
         self.weights = tuple(float(w) for w in weights)
         self.likelihood = components[0].likelihood
 

@@ -179,7 +179,8 @@ def _read_tensors(folder: Path, file: str, size: int, sha256: str) -> Tensors:
     try:
         with safe_open(path, "pt", device="cpu") as opened:
             # The file is only mapped; a clone is aligned as torch aligns, and the last bit can depend on that.
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            names = opened.keys()
+            return {name: opened.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise FormatError(f"{path} is no safetensors file: {error}. Save again.") from error
 

@@ -356,18 +356,18 @@ def normalized(head: nn.Sequential) -> nn.Sequential:
 
 
 class Doubled(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        return 2 * super().forward(input)
+    def forward(self, keys: Tensor) -> Tensor:
+        return 2 * super().forward(keys)
 
 
 class Reversed(nn.Sequential):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return super().forward(input.flip(-1))
+    def forward(self, keys: Tensor) -> Tensor:
+        return super().forward(keys.flip(-1))
 
 
 class Shifted(nn.ReLU):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return super().forward(input - 0.1)
+    def forward(self, keys: Tensor) -> Tensor:
+        return super().forward(keys - 0.1)
 
 
 def mlp() -> nn.Sequential:
@@ -435,9 +435,9 @@ def test_elementwise_rules_take_the_general_engine(rule: rules.Rule) -> None:
 
 
 def test_subclass_of_sgd_takes_the_general_engine() -> None:
-    class doubled(rules.sgd):  # noqa: N801
+    class Doubling(rules.sgd):
         def update(self, grads, state, params, loss):
             return {name: -2 * self.rate * grad for name, grad in grads.items()}, state
 
-    adapter = LocalAdaptation(doubled(0.1), steps=2).bind(Head(nn.Linear(KEY, CLASSES)), LABELS)
+    adapter = LocalAdaptation(Doubling(0.1), steps=2).bind(Head(nn.Linear(KEY, CLASSES)), LABELS)
     assert isinstance(adapter, General)

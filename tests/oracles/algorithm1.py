@@ -78,6 +78,6 @@ def mbpa_test(
         stepper.step()
         with torch.no_grad():
             for name, parameter in moving.items():
-                parameter -= prior * (before[name] - theta[name])  # noqa: PLW2901 (in place)
+                parameter.sub_(prior * (before[name] - theta[name]))
     with torch.no_grad():
         return adapted(query.clone().unsqueeze(0)).squeeze(0)
