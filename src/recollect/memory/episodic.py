@@ -14,7 +14,8 @@ from recollect.errors import (
     require_tensor,
 )
 from recollect.kernels import Kernel, inverse_distance
-from recollect.memory.index import ExactIndex, Index, compute_dtype
+from recollect.memory.exact import ExactIndex
+from recollect.memory.index import Index, compute_dtype
 from recollect.memory.protocol import Context
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing

@@ -1,0 +1,152 @@
+"""``ExactIndex``: the nearest keys of each query, found by products and proven."""
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from recollect.memory.index import Neighbors, compute_dtype, exact_distances, nearest_first
+from recollect.memory.scan import Scan, multiplies_bfloat16, slack
+
+_CHUNK = 16 * 2**20  # bytes that deriving from keys works on at once
+_BATCH = 256  # queries that one scan serves
+_COARSE = 96  # the smallest number of queries for which converting the keys to bfloat16 pays
+_MANY = 100  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
+_MARGIN = 16  # how many more candidates than neighbors a scan in full precision keeps at least
+_NEGLIGIBLE = 1 / 16  # a center whose square is this part of the keys' is none: that saves subtracting it
+_SETTLED = 32 * 2**20  # bytes of the candidates that settle what a scan could not prove
+
+
+class ExactIndex:
+    """Exact search by blocked matrix products, with a proof for every query.
+
+    A scan ranks all entries by a lower bound of their distance, which is one matrix product, and keeps more candidates
+    than needed; the candidates' distances are then computed by differences. The result stands where the bound of
+    every other entry lies above the K-th distance. Otherwise (duplicates, tight clusters) all entries whose bound
+    does not become candidates. So the neighbors are those that the distances by differences, in float32 or float64,
+    define: always, and whatever else is in the batch.
+
+    For large batches the first scan multiplies in bfloat16 where the processor has instructions for it. Its bounds
+    are wider; the queries that it cannot prove are scanned again in float32.
+
+    Example:
+        >>> from recollect import EpisodicMemory
+        >>> memory = EpisodicMemory(capacity=3, key_size=1, index=ExactIndex())  # as it is by default
+        >>> slots = memory.write(torch.tensor([[1.0], [5.0], [2.0]]), torch.arange(3))
+        >>> memory.read(torch.tensor([3.0]), neighbors=2).slots  # of the equally near 1.0 and 5.0 the older
+        tensor([2, 0])
+    """
+
+    def __init__(self) -> None:
+        self._norms = torch.empty(0)  # |h - center|^2 of each slot, infinite where it is empty
+        self._rounding = torch.empty(0)  # how far bfloat16 moves h - center
+        self._center = torch.empty(0)  # the smaller the norms, the tighter the bounds
+        self._end = 0  # all slots from here on are empty
+        self._due = 0  # the center is taken anew after this many changes: the keys may drift
+        self._coarse = False  # whether bfloat16 is worth trying; changes how fast a search is, never its result
+
+    @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
+    def rebuild(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"]) -> None:
+        dtype = compute_dtype(keys)
+        occupied = (written >= 0).nonzero().squeeze(1)
+        self._center = torch.zeros(keys.shape[1], dtype=dtype, device=keys.device)
+        squares = torch.zeros((), dtype=dtype, device=keys.device)
+        for chunk in _chunks(occupied, keys):
+            rows = keys[chunk].to(dtype)
+            self._center += rows.sum(0)
+            squares += rows.square_().sum()
+        self._center /= max(1, len(occupied))
+        if bool(self._center.square().sum() * len(occupied) <= _NEGLIGIBLE * squares):
+            self._center.zero_()
+        self._coarse = dtype == torch.float32 and multiplies_bfloat16(keys.device)
+        self._norms = torch.full((len(keys),), torch.inf, dtype=dtype, device=keys.device)
+        self._rounding = torch.zeros_like(self._norms) if self._coarse else self._norms
+        self._end = 0
+        self._due = max(1, len(occupied))
+        self._derive(keys, written, occupied)
+
+    def update(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"], slots: Int[Tensor, " m"]) -> None:
+        self._due -= len(slots)
+        if self._due > 0:
+            self._derive(keys, written, slots)
+        else:
+            self.rebuild(keys, written)
+
+    def _derive(self, keys: Tensor, written: Tensor, slots: Tensor) -> None:
+        for chunk in _chunks(slots, keys):
+            centered = keys[chunk].to(self._center.dtype) - self._center
+            self._norms[chunk] = centered.square().sum(1).masked_fill_(written[chunk] < 0, torch.inf)
+            if self._rounding is not self._norms:
+                self._rounding[chunk] = centered.sub_(centered.bfloat16()).norm(dim=1)
+            self._end = max(self._end, int(chunk.max()) + 1)
+
+    def search(
+        self,
+        keys: Shaped[Tensor, "n d"],
+        written: Int[Tensor, " n"],
+        queries: Float[Tensor, "b d"],
+        neighbors: int,
+        before: Int[Tensor, " b"] | None = None,
+    ) -> Neighbors:
+        found = []
+        for start in range(0, len(queries), _BATCH):
+            part = slice(start, start + _BATCH)
+            limit = None if before is None else before[part]
+            scan = self._scan(keys[: self._end], written[: self._end], queries[part], limit)
+            found.append(self._search(scan, queries[part], neighbors))
+        return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _scan(self, keys: Tensor, written: Tensor, queries: Tensor, before: Tensor | None) -> Scan:
+        part = slack(queries)
+        shifted = queries - self._center
+        length = shifted.norm(dim=1)
+        base = shifted.square().sum(1) + 2 * (shifted * self._center).sum(1)
+        base -= part * length * (length + self._center.norm())
+        return Scan(keys, written, self._norms[: self._end] * (1 - part), shifted.mul_(-2), base, before)
+
+    def _coarse_scan(self, scan: Scan) -> Scan:
+        """Returns the scan in bfloat16, its scores lowered by what that rounds: of the queries and of the keys."""
+        factors, norms = scan.factors, scan.norms
+        moved = (factors - factors.bfloat16()).norm(dim=1).max()
+        moved = norms.sqrt() * (1 + 2.0**-8) * moved + self._rounding[: self._end] * factors.norm(dim=1).max()
+        norms = torch.where(norms == torch.inf, norms, norms - moved * (1 + 2.0**-10))
+        base = scan.base + (factors * self._center).sum(1)  # the keys are centered too
+        center = self._center if bool(self._center.any()) else None
+        return scan._replace(norms=norms, base=base, center=center, coarse=True)
+
+    def _search(self, scan: Scan, queries: Tensor, neighbors: int) -> Neighbors:
+        shape = len(queries), neighbors
+        nearest = Neighbors(queries.new_empty(shape), torch.empty(shape, dtype=torch.long, device=queries.device))
+        rows = torch.arange(len(queries), device=queries.device)
+        if self._coarse and len(rows) >= _COARSE and len(scan.keys) >= _MANY * neighbors:
+            rows = self._prove(self._coarse_scan(scan), queries, nearest, rows, 2 * neighbors)
+            self._coarse = 2 * len(rows) < len(queries)  # else these keys lie too close for it
+        if len(rows):
+            rows = self._prove(scan.only(rows), queries, nearest, rows, neighbors + max(_MARGIN, neighbors // 4))
+        if len(rows):
+            self._settle(scan.only(rows), queries, nearest, rows)
+        return nearest
+
+    def _prove(self, scan: Scan, queries: Tensor, nearest: Neighbors, rows: Tensor, candidates: int) -> Tensor:
+        """Fills in the neighbors of the queries ``rows``, and returns those among them that the scan cannot prove."""
+        scores, slots = scan.lowest(min(candidates, len(scan.keys)))
+        distances = exact_distances(queries[rows], scan.keys, slots).masked_fill_(scores == torch.inf, torch.inf)
+        found = nearest_first(distances, slots, scan.written, nearest.slots.shape[1])
+        nearest.distances[rows], nearest.slots[rows] = found
+        if candidates >= len(scan.keys):
+            return rows[:0]
+        farthest = found.distances[:, -1]
+        return rows[(scan.proven(scores.amax(1)) <= farthest) & (farthest < torch.inf)]
+
+    def _settle(self, scan: Scan, queries: Tensor, nearest: Neighbors, rows: Tensor) -> None:
+        """Replaces the neighbors of the queries ``rows``, which no scan could prove, by ranking all that may be near."""
+        count = nearest.slots.shape[1]
+        for some in torch.arange(len(rows)).split(max(1, _SETTLED // (32 * len(scan.keys)))):
+            near = scan.only(some).within(nearest.distances[rows[some], -1])
+            for row, slots in zip(rows[some].tolist(), near, strict=True):
+                distances = exact_distances(queries[row : row + 1], scan.keys, slots.unsqueeze(0))
+                proven = nearest_first(distances, slots.unsqueeze(0), scan.written, count)
+                nearest.distances[row], nearest.slots[row] = proven.distances[0], proven.slots[0]
+
+
+def _chunks(slots: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    return slots.split(max(1, _CHUNK // (8 * keys.shape[1]))) if len(slots) else ()
