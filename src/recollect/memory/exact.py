@@ -12,7 +12,9 @@ _BATCH = 256  # queries that one scan serves
 _COARSE = 96  # the smallest number of queries for which converting the keys to bfloat16 pays
 _MANY = 100  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
 _MARGIN = 16  # how many more candidates than neighbors a scan in full precision keeps at least
+_SPARE = 50  # how many candidates a scan in bfloat16 keeps beside twice the neighbors
 _NEGLIGIBLE = 1 / 16  # a center whose square is this part of the keys' is none: that saves subtracting it
+_SAMPLE = 1000  # keys that tell where the center is
 _SETTLED = 32 * 2**20  # bytes of the candidates that settle what a scan could not prove
 
 
@@ -41,7 +43,7 @@ class ExactIndex:
         self._rounding = torch.empty(0)  # how far bfloat16 moves h - center
         self._center = torch.empty(0)  # the smaller the norms, the tighter the bounds
         self._end = 0  # all slots from here on are empty
-        self._due = 0  # the center is taken anew after this many changes: the keys may drift
+        self._due = 0  # after this many changes we look whether the keys have moved away from the center
         self._coarse = False  # whether bfloat16 is worth trying; changes how fast a search is, never its result
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
@@ -65,11 +67,20 @@ class ExactIndex:
         self._derive(keys, written, occupied)
 
     def update(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"], slots: Int[Tensor, " m"]) -> None:
+        self._derive(keys, written, slots)
         self._due -= len(slots)
-        if self._due > 0:
-            self._derive(keys, written, slots)
-        else:
+        if self._due <= 0:
+            self._follow(keys, written)
+
+    def _follow(self, keys: Tensor, written: Tensor) -> None:
+        """Takes the center anew if the keys have moved away from it, as far as a sample of them tells."""
+        occupied = (written >= 0).nonzero().squeeze(1)
+        sample = keys[occupied[:: 1 + len(occupied) // _SAMPLE]].to(self._center.dtype)
+        moved = (sample.mean(0) - self._center).square().sum()
+        if len(sample) and bool(moved > 2 * _NEGLIGIBLE * sample.var(0, correction=0).sum()):
             self.rebuild(keys, written)
+        self._due = max(1, len(occupied))
+        self._coarse = self._rounding is not self._norms
 
     def _derive(self, keys: Tensor, written: Tensor, slots: Tensor) -> None:
         for chunk in _chunks(slots, keys):
@@ -118,7 +129,7 @@ class ExactIndex:
         nearest = Neighbors(queries.new_empty(shape), torch.empty(shape, dtype=torch.long, device=queries.device))
         rows = torch.arange(len(queries), device=queries.device)
         if self._coarse and len(rows) >= _COARSE and len(scan.keys) >= _MANY * neighbors:
-            rows = self._prove(self._coarse_scan(scan), queries, nearest, rows, 2 * neighbors)
+            rows = self._prove(self._coarse_scan(scan), queries, nearest, rows, 2 * neighbors + _SPARE)
             self._coarse = 2 * len(rows) < len(queries)  # else these keys lie too close for it
         if len(rows):
             rows = self._prove(scan.only(rows), queries, nearest, rows, neighbors + max(_MARGIN, neighbors // 4))
@@ -138,7 +149,7 @@ class ExactIndex:
         return rows[(scan.proven(scores.amax(1)) <= farthest) & (farthest < torch.inf)]
 
     def _settle(self, scan: Scan, queries: Tensor, nearest: Neighbors, rows: Tensor) -> None:
-        """Replaces the neighbors of the queries ``rows``, which no scan could prove, by ranking all that may be near."""
+        """Replaces the neighbors of the queries ``rows``, which no scan could prove, by ranking all that may be."""
         count = nearest.slots.shape[1]
         for some in torch.arange(len(rows)).split(max(1, _SETTLED // (32 * len(scan.keys)))):
             near = scan.only(some).within(nearest.distances[rows[some], -1])

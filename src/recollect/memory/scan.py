@@ -18,7 +18,7 @@ _CONVERTED = 8 * 2**20  # bytes of keys that one block converts to another dtype
 _IMAGES = 64  # what a block of keys is cut into for a convolution
 _TILE = 8  # the largest number of scores of which first only the smallest is looked at
 
-_HALF = 1.01 * 2.0**-9  # how far bfloat16 is from what it stands for, as a part of it (1.01: seen from the result)
+_HALF = 1.01 * 2.0**-8  # how far rounding to bfloat16 can move a number, as a part of the result
 
 
 class Scan(NamedTuple):
