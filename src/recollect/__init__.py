@@ -4,13 +4,14 @@ from recollect.adaptation import LocalAdaptation, rules
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import Explanation, MbPA
-from recollect.memory import Context, EpisodicMemory, ExactIndex
+from recollect.memory import ApproximateIndex, Context, EpisodicMemory, ExactIndex
 from recollect.persistence import load, save
 from recollect.predictors import Mixture, NonParametric, Parametric, neural_cache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApproximateIndex",
     "Categorical",
     "Context",
     "EpisodicMemory",

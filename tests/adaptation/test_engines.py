@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from recollect import Categorical, Context, EpisodicMemory, Gaussian, LocalAdaptation, MbPA, rules
 from recollect.adaptation import Head
-from recollect.adaptation.factored import _ELEMENTWISE, Factored
+from recollect.adaptation.factored import Factored
 from recollect.adaptation.general import General
+from recollect.adaptation.layers import ELEMENTWISE
 from recollect.likelihoods import Likelihood
 
 KEY, CLASSES, ENTRIES, QUERIES = 8, 4, 12, 5
@@ -198,11 +199,11 @@ class Drawn(NamedTuple):
     key_size: int
 
 
-IN_PLACE = [c for c in _ELEMENTWISE if "inplace" in c.__init__.__annotations__]
+IN_PLACE = [c for c in ELEMENTWISE if "inplace" in c.__init__.__annotations__]
 
 
 def functions() -> st.SearchStrategy[nn.Module]:
-    plain = st.sampled_from(_ELEMENTWISE).map(lambda c: c())
+    plain = st.sampled_from(ELEMENTWISE).map(lambda c: c())
     in_place = st.sampled_from(IN_PLACE).map(lambda c: c(inplace=True))
     settings = st.sampled_from([nn.GELU("tanh"), nn.LeakyReLU(0.3), nn.Softplus(2.0, 1.0), nn.Hardtanh(-0.2, 0.5)])
     return st.one_of(plain, in_place, settings, st.sampled_from([nn.Identity(), nn.Dropout(0.5), nn.AlphaDropout(0.5)]))
@@ -306,7 +307,7 @@ def test_factored_is_general(drawn, regression, momentum, steps, prior, neighbor
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("function", _ELEMENTWISE, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("function", ELEMENTWISE, ids=lambda c: c.__name__)
 def test_slope_of_each_function(function: type[nn.Module], in_place: bool) -> None:
     if in_place and function not in IN_PLACE:
         pytest.skip("has no in-place form")

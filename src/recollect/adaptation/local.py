@@ -54,6 +54,10 @@ class LocalAdaptation:
         parameters: Which of the head's parameters adapt: names of parameters or of submodules; all when None.
         chunk_size: How many queries adapt at the same time; chosen to fit the cache when None. Fewer need less
             memory; the result is the same.
+        keep_base: Whether to keep, for each slot of the memory, what the given head says of the entry in it, and to
+            compute it anew only when the entry or the head has changed. For ``rules.sgd`` and linear or MLP heads.
+            The result is the same; it takes outputs x capacity numbers of memory (of an MLP, those of the first
+            adapting layer), and pays where a head has many outputs: a language model's, in one step.
 
     Raises:
         SettingError: If a setting is outside its range.
@@ -61,7 +65,8 @@ class LocalAdaptation:
     Example:
         >>> from recollect import rules
         >>> LocalAdaptation(rules.sgd(0.1), steps=5)
-        LocalAdaptation(rule=sgd(rate=0.1, momentum=0.0), steps=5, prior=0.0, parameters=None, chunk_size=None)
+        LocalAdaptation(rule=sgd(rate=0.1, momentum=0.0), steps=5, prior=0.0, parameters=None, chunk_size=None, \
+keep_base=False)
     """
 
     rule: Rule
@@ -69,6 +74,7 @@ class LocalAdaptation:
     prior: float = 0.0
     parameters: tuple[str, ...] | None = None
     chunk_size: int | None = None
+    keep_base: bool = False
 
     def __post_init__(self) -> None:
         require("rule", self.rule, Rule, "a rule with init and update, such as rules.sgd(0.1)")
@@ -95,5 +101,11 @@ class LocalAdaptation:
         """
         names = head.select(self.parameters)
         settings = {"steps": self.steps, "prior": self.prior, "chunk_size": self.chunk_size}
-        factored = Factored.build(head, likelihood, names, rule=self.rule, **settings)
+        factored = Factored.build(head, likelihood, names, rule=self.rule, keep_base=self.keep_base, **settings)
+        if self.keep_base and factored is None:
+            raise SettingError(
+                "keep_base=True needs rules.sgd, at least one step, and a head of linear layers with elementwise "
+                f"functions between them; here {type(self.rule).__name__}, steps={self.steps} and a "
+                f"{type(head.module).__name__}. Leave it out: the result is the same."
+            )
         return factored or General(head, likelihood, names, rule=self.rule, **settings)

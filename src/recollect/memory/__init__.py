@@ -1,8 +1,9 @@
 """The episodic memory: what it holds, how it is read, and how neighbors are found."""
 
+from recollect.memory.approximate import ApproximateIndex
 from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index
 from recollect.memory.protocol import Context, Memory
 
-__all__ = ["Context", "EpisodicMemory", "ExactIndex", "Index", "Memory"]
+__all__ = ["ApproximateIndex", "Context", "EpisodicMemory", "ExactIndex", "Index", "Memory"]

@@ -71,7 +71,7 @@ def exact_distances(
     batch, count = slots.shape
     out = queries.new_empty(batch, count)
     at_once = max(1, _GATHER // (keys.shape[1] * queries.element_size()))
-    rows, columns = max(1, at_once // max(1, count)), max(1, min(count, at_once))
+    rows, columns = max(1, min(batch, at_once // max(1, count))), max(1, min(count, at_once))
     room = keys.new_empty(rows * columns, keys.shape[1])  # made once: fresh memory costs more than the arithmetic
     for row in range(0, batch, rows):
         for column in range(0, count, columns):

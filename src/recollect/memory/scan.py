@@ -181,9 +181,9 @@ def products(keys: Float[Tensor, "m d"], factors: Float[Tensor, "b d"]) -> Float
     if len(factors) == 1:
         return torch.mm(keys, factors.repeat(2, 1).mT)[:, :1].contiguous()
     rows = len(keys) // _IMAGES
-    images = keys[: rows * _IMAGES].view(_IMAGES, 1, rows, keys.shape[1]).permute(0, 3, 1, 2)  # channels last
-    if rows == 0:
+    if rows == 0 or len(keys) < len(factors):  # the factors are put in another order first
         return torch.mm(keys, factors.mT)
+    images = keys[: rows * _IMAGES].view(_IMAGES, 1, rows, keys.shape[1]).permute(0, 3, 1, 2)  # channels last
     product = conv2d(images, factors[:, :, None, None]).permute(0, 2, 3, 1).reshape(rows * _IMAGES, len(factors))
     if rows * _IMAGES == len(keys):
         return product

@@ -1,0 +1,105 @@
+"""The least work that a computation needs, in multiply-adds and in bytes from memory.
+
+These are lower bounds of the method, not of the problem: for the adaptation by gradient descent they count the
+factored form, which is cheaper than any form that holds a weight matrix for each query. What is made on the way
+(logits, coefficients, products of keys) can stay in the caches and counts no bytes; elementwise work and the
+selection of the nearest count nothing. Numbers are float32, of 4 bytes.
+"""
+
+import itertools
+
+from benchmarks.case import Work
+
+FLOAT = 4
+
+
+def together(*parts: Work) -> Work:
+    """Returns the work of several computations that only read, one after the other."""
+    return Work(sum(part.multiply_adds for part in parts), sum(part.bytes for part in parts))
+
+
+def search(slots: int, size: int, batch: int) -> Work:
+    """Exact search: each query meets each key in a product, and all keys pass once, however many queries there are."""
+    return Work(batch * slots * size, FLOAT * slots * size)
+
+
+def gather(size: int, batch: int, neighbors: int) -> Work:
+    """Reading the neighbors' keys from all over the memory."""
+    return Work(0, FLOAT * batch * neighbors * size)
+
+
+def write(rows: int, size: int, *, ring: int) -> Work:
+    """Storing rows in a ring of ``ring`` slots: each is read once and written once."""
+    return Work(0, 2 * FLOAT * rows * size, moves="copy", footprint=FLOAT * ring * size)
+
+
+def linear(size: int, classes: int, batch: int, neighbors: int, *, steps: int) -> Work:
+    """A linear head under gradient descent.
+
+    For each query the neighbors' logits under the given head (K C d), the products of the keys with each other where
+    a second step needs them (K K d) and with the query (K d), in all steps but the first the change of the logits
+    (K K C), and at the end the query's own logits (C d) and their change (K C). The neighbors' keys are read for each
+    query, the head once for all of them, and the outputs are written.
+    """
+    later = steps - 1
+    base = neighbors * classes * size + (neighbors * neighbors * size if later else 0) + neighbors * size
+    change = later * neighbors * neighbors * classes + neighbors * classes + classes * size
+    read = neighbors * size + size + classes
+    return Work(batch * (base + change), FLOAT * (batch * read + classes * size))
+
+
+def linear_kept(size: int, classes: int, batch: int, neighbors: int) -> Work:
+    """One step with a linear head whose outputs at the entries are kept beside them: they are read, not computed."""
+    arithmetic = neighbors * size + neighbors * classes + classes * size
+    read = neighbors * size + neighbors * classes + size + classes
+    return Work(batch * arithmetic, FLOAT * (batch * read + classes * size))
+
+
+def mlp(sizes: tuple[int, ...], batch: int, neighbors: int, *, steps: int) -> Work:
+    """An MLP under gradient descent in all layers, its first layer in the factored form of ``linear``.
+
+    Each later layer of i inputs and o outputs has a weight matrix for each query: per step the outputs, the gradient
+    at the inputs and the gradient of the weights (3 K i o), once the query's outputs (i o).
+    """
+    first = linear(sizes[0], sizes[1], batch, neighbors, steps=steps)
+    later = sum(inputs * outputs for inputs, outputs in itertools.pairwise(sizes[1:]))
+    arithmetic = batch * (3 * steps * neighbors + 1) * later
+    return Work(first.multiply_adds + arithmetic, first.bytes + FLOAT * later)
+
+
+def elementwise(size: int, classes: int, batch: int, neighbors: int, *, steps: int, states: int) -> Work:
+    """A linear head under a rule that is no sum over the neighbors (rmsprop, adam), so that each query has a matrix.
+
+    Per step the logits and the gradient (2 K C d), at the end the query's logits (C d). The softmax needs all logits
+    before any weight moves, so weights and states pass through the processor in each step, read and written.
+
+    Args:
+        size: d.
+        classes: C.
+        batch: How many queries.
+        neighbors: K.
+        steps: T.
+        states: How many numbers the rule keeps for each weight.
+    """
+    weights = classes * size
+    moved = 2 * FLOAT * (1 + states) * weights
+    arithmetic = batch * (2 * steps * neighbors + 1) * weights
+    return Work(arithmetic, batch * steps * moved, moves="copy", footprint=moved / 2)
+
+
+def convolution(
+    positions: int, weights: int, hidden: int, classes: int, batch: int, neighbors: int, steps: int
+) -> Work:
+    """A convolution, ReLU and a linear layer under gradient descent, with weights for each query.
+
+    Args:
+        positions: Places of the filter on one image.
+        weights: Weights of the convolution; its inputs need no gradient: 2 K positions weights per step.
+        hidden: Inputs of the linear layer: 3 K hidden classes per step.
+        classes: Its outputs.
+        batch: How many queries.
+        neighbors: K.
+        steps: T.
+    """
+    arithmetic = positions * weights * (2 * neighbors * steps + 1) + hidden * classes * (3 * neighbors * steps + 1)
+    return Work(batch * arithmetic, FLOAT * (weights + hidden * classes))

@@ -1,0 +1,65 @@
+"""The memory entries that a batch of queries has found, each of them once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from recollect.memory import Context
+
+_TILE = 4 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
+
+
+class Entries(NamedTuple):
+    """The distinct entries of a context, and for each neighbor which of them it is."""
+
+    slots: Int[Tensor, " u"]
+    keys: Float[Tensor, "u d"]
+    values: Shaped[Tensor, "u *v"]
+    place: Int[Tensor, "b k"]
+
+
+def distinct(context: Context) -> Entries:
+    """Returns every entry of a context once, whatever number of queries it is a neighbor of."""
+    slots, place = context.slots.unique(return_inverse=True)
+    some = place.new_empty(len(slots)).scatter_(0, place.view(-1), torch.arange(place.numel(), device=place.device))
+    count = context.slots.shape[1]
+    row, column = some // count, some % count
+    return Entries(slots, context.keys[row, column], context.values[row, column], place)
+
+
+def add_weighted_rows(
+    outputs: Float[Tensor, "b c"],
+    shares: Float[Tensor, "b k"],
+    entries: Entries,
+    compute: Callable[[Tensor, Tensor], Float[Tensor, "m c"]],
+) -> Float[Tensor, "b c"]:
+    """Adds to the output of each query its share of a row of each of its neighbors, and returns them.
+
+    A row may be as wide as a vocabulary: only a tile of them exists at a time, each is computed once, and what a tile
+    adds to the queries that know one of its entries is a small matrix product.
+
+    Args:
+        outputs: Changed in place.
+        shares: How much of its neighbors' rows each query takes.
+        entries: The neighbors.
+        compute: Maps keys and values of entries to their rows.
+    """
+    count = shares.shape[1]
+    place = entries.place.reshape(-1)
+    order = place.argsort()
+    ends = place.bincount(minlength=len(entries.keys)).cumsum(0)
+    size = max(1, _TILE // (outputs.shape[1] * outputs.element_size()))
+    done = 0
+    for start in range(0, len(entries.keys), size):
+        rows = compute(entries.keys[start : start + size], entries.values[start : start + size])
+        end = int(ends[start + len(rows) - 1])
+        refs = order[done:end]
+        users, user = (refs // count).unique(return_inverse=True)
+        taken = shares.new_zeros(len(users), len(rows))
+        taken.index_put_((user, place[refs] - start), shares.reshape(-1)[refs], accumulate=True)
+        outputs.index_add_(0, users, taken @ rows)
+        done = end
+    return outputs

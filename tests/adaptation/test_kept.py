@@ -1,0 +1,240 @@
+"""What is kept beside the entries is used only while it is true, and changes no prediction."""
+
+import copy
+import pickle
+import threading
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from recollect import Categorical, EpisodicMemory, Gaussian, LocalAdaptation, MbPA, load, rules, save
+from recollect.adaptation import kept as kept_module
+from recollect.adaptation.entries import Entries, add_weighted_rows, distinct
+from recollect.adaptation.kept import Kept
+from recollect.errors import SettingError
+from recollect.memory import Context
+
+D, C = 3, 5
+
+
+def linear() -> nn.Module:
+    return nn.Linear(D, C)
+
+
+def behind_a_projection() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 6), nn.ReLU(), nn.Linear(6, C))
+
+
+def pair(head: nn.Module, memory: EpisodicMemory, *, steps: int, parameters=None, likelihood=None) -> tuple[MbPA, MbPA]:
+    """The same model without and with a table."""
+    models = []
+    for keep_base in (False, True):
+        adaptation = LocalAdaptation(rules.sgd(0.3), steps=steps, parameters=parameters, keep_base=keep_base)
+        settings = {"neighbors": 4, "adaptation": adaptation, "likelihood": likelihood or Categorical()}
+        models.append(MbPA(head, memory, **settings))
+    return models[0], models[1]
+
+
+def agree(models: tuple[MbPA, MbPA], queries: Tensor) -> None:
+    expected = models[0](queries)
+    for _ in range(2):  # the second time from the table
+        torch.testing.assert_close(models[1](queries), expected, rtol=1e-10, atol=1e-10)
+
+
+CHANGES = ["write", "write many", "forget", "clear", "train", "data", "load memory", "load head", "nothing"]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "parameters"), [(linear, None), (linear, ("bias",)), (behind_a_projection, ("2",)), (mlp, None)]
+)
+@given(changes=st.lists(st.sampled_from(CHANGES), max_size=6), width=st.sampled_from([1, 3, 1024]))
+@settings(max_examples=25)
+def test_the_table_changes_no_prediction(make, parameters, steps: int, changes: list[str], width: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    head = make().double()
+    memory = EpisodicMemory(7, D, key_dtype=torch.float64)
+    queries = torch.randn(3, D, dtype=torch.float64, generator=g)
+
+    def fresh(count: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(count, D, dtype=torch.float64, generator=g), torch.randint(C, (count,), generator=g)
+
+    memory.write(*fresh(5))
+    old_memory, old_head = copy.deepcopy(memory.state_dict()), copy.deepcopy(head.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_module, "_WIDTH", width)
+        models = pair(head, memory, steps=steps, parameters=parameters)
+        agree(models, queries)
+        for change in changes:
+            if change.startswith("write"):
+                memory.write(*fresh(9 if change == "write many" else 1))
+            elif change == "forget":
+                memory.forget(torch.tensor([1, 3]))
+            elif change == "clear":
+                memory.clear()
+                memory.write(*fresh(2))
+            elif change == "train":
+                loss = nn.functional.cross_entropy(head(queries), torch.tensor([0, 1, 2]))
+                torch.optim.SGD(head.parameters(), 0.5).zero_grad()
+                loss.backward()
+                torch.optim.SGD(head.parameters(), 0.5).step()
+            elif change == "data":
+                next(head.parameters()).data[0] += 0.5  # leaves no trace but the numbers
+            elif change == "load memory":
+                memory.load_state_dict(old_memory)
+            elif change == "load head":
+                head.load_state_dict(old_head)
+            agree(models, queries)
+
+
+def test_the_value_belongs_to_the_entry() -> None:
+    """A correction: the same key in the same slot, another label."""
+    memory = EpisodicMemory(1, D)
+    models = pair(linear(), memory, steps=1)
+    for label in (0, 3, 3, 1):
+        memory.write(torch.ones(1, D), torch.tensor([label]))
+        assert torch.allclose(*(model(torch.ones(1, D)) for model in models), atol=1e-6)
+        assert int(models[1](torch.ones(D)).argmax()) == label
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_vectors_as_values_and_places_that_nothing_fills(steps: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    memory = EpisodicMemory(6, D, value_shape=(C,), value_dtype=torch.float32)
+    memory.write(torch.randn(6, D, generator=g), torch.randn(6, C, generator=g))
+    plain, model = pair(linear(), memory, steps=steps, likelihood=Gaussian())
+    queries, before = torch.randn(4, D, generator=g), torch.tensor([0, 1, 3, 6])
+    for _ in range(2):
+        torch.testing.assert_close(model(queries, before=before), plain(queries, before=before))
+
+
+def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    gradient = Categorical.gradient
+    monkeypatch.setattr(
+        Categorical,
+        "gradient",
+        lambda self, outputs, values: computed.append(len(outputs)) or gradient(self, outputs, values),
+    )
+    memory = EpisodicMemory(8, D)
+    memory.write(torch.randn(8, D), torch.zeros(8, dtype=torch.long))
+    _, model = pair(linear(), memory, steps=1)
+    model.neighbors = 8
+    model(torch.randn(5, D))
+    assert sum(computed) == 8 + 1  # one row more to learn how wide rows are
+    model(torch.randn(5, D))
+    assert sum(computed) == 9
+    memory.write(torch.randn(2, D), torch.zeros(2, dtype=torch.long))
+    model(torch.randn(5, D))
+    assert sum(computed) == 11
+
+
+def test_copies_and_saves_are_without_the_table(tmp_path) -> None:
+    memory = EpisodicMemory(8, D)
+    memory.write(torch.randn(8, D), torch.zeros(8, dtype=torch.long))
+    _, model = pair(linear(), memory, steps=1)
+    queries = torch.randn(5, D)
+    expected = model(queries)
+    assert torch.equal(copy.deepcopy(model)(queries), expected)
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert torch.equal(loaded(queries), expected)
+    assert loaded.adaptation.keep_base
+    table = Kept()
+    table._known = torch.ones(3, dtype=torch.bool)
+    assert len(pickle.loads(pickle.dumps(table))._known) == len(copy.deepcopy(table)._known) == 0
+
+
+def test_threads_do_not_mix_their_rows() -> None:
+    """Two memories that share an adapter in turns: their slots hold other entries each time."""
+    g = torch.Generator().manual_seed(2)
+    model = pair(linear(), EpisodicMemory(4, D), steps=1)[1]
+    contexts = []
+    for _ in range(2):
+        memory = EpisodicMemory(4, D)
+        memory.write(torch.randn(4, D, generator=g), torch.randint(C, (4,), generator=g))
+        contexts.append(memory.read(torch.zeros(2, D), 4))
+    with torch.no_grad():
+        expected = [model._adapter(torch.ones(2, D), context) for context in contexts]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        with torch.no_grad():
+            outputs = [model._adapter(torch.ones(2, D), contexts[which]) for _ in range(200)]
+        wrong.extend(which for output in outputs if not torch.equal(output, expected[which]))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("head", "rule", "steps"),
+    [
+        (linear(), rules.adam(0.1), 1),
+        (linear(), rules.sgd(0.1), 0),
+        (nn.Sequential(nn.LayerNorm(D), nn.Linear(D, C)), rules.sgd(0.1), 1),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(head, rule, steps: int) -> None:
+    memory = EpisodicMemory(4, D)
+    with pytest.raises(SettingError, match=r"keep_base=True needs rules\.sgd"):
+        MbPA(head, memory, neighbors=2, adaptation=LocalAdaptation(rule, steps=steps, keep_base=True))
+
+
+@given(
+    queries=st.integers(1, 6),
+    neighbors=st.integers(1, 5),
+    slots=st.integers(1, 9),
+    tile=st.integers(1, 200),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_weighted_rows_are_a_sum_over_neighbors(queries, neighbors, slots, tile, dtype, seed) -> None:
+    g = torch.Generator().manual_seed(seed)
+    all_keys = torch.randn(slots, D, dtype=dtype, generator=g)
+    at = torch.randint(slots, (queries, neighbors), generator=g)
+    shares = torch.randn(queries, neighbors, dtype=dtype, generator=g)
+    context = Context(all_keys[at], at, shares, shares, at)
+    outputs = torch.randn(queries, C, dtype=dtype, generator=g)
+    weight = torch.randn(C, D, dtype=dtype, generator=g)
+    rows = all_keys @ weight.mT + torch.arange(slots)[:, None]
+    expected = outputs + torch.stack(
+        [sum(shares[b, k] * rows[at[b, k]] for k in range(neighbors)) for b in range(queries)]
+    )
+    entries = distinct(context)
+    assert entries.slots.tolist() == sorted(set(at.reshape(-1).tolist()))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+
+    def compute(keys: Tensor, values: Tensor) -> Tensor:
+        return keys @ weight.mT + values[:, None]
+
+    table = Kept()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recollect.adaptation.entries._TILE", tile)
+        patch.setattr(kept_module, "_CHUNK", tile)
+        patch.setattr(kept_module, "_WIDTH", 1 + tile % 7)
+        total = add_weighted_rows(outputs.clone(), shares, entries, compute)
+        table.update(entries, (weight,), compute)
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(outputs + table.weighted_sum(at, shares), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(table.rows(at), rows[at], rtol=tolerance, atol=tolerance)
+
+
+def test_entries_without_an_entry() -> None:
+    """Only places that nothing fills: nothing is stored for them."""
+    table = Kept()
+    nothing = Entries(torch.tensor([-1]), torch.zeros(1, D), torch.zeros(1), torch.zeros(1, 2, dtype=torch.long))
+    table.update(nothing, (), lambda keys, values: keys)
+    slots = torch.tensor([[-1, -1]])
+    assert table.weighted_sum(slots, torch.zeros(1, 2)).shape == (1, D)
