@@ -22,6 +22,7 @@ TITLE = "Adapting the head to its neighbors"
 # the caches made it up to twice as slow.
 _COPIES = 2**25
 _PATIENCE = 2e9  # multiply-adds of one call of a baseline; it answers fewer queries where more are needed
+_POOL = 5000  # entries of the memory whose neighborhoods overlap: the paper's size for language models
 _RATES = {"sgd": 0.1, "rmsprop": 1e-3, "adam": 1e-3}
 
 
@@ -39,6 +40,10 @@ class Setting:
     """The floor of a batch of so many queries."""
     rule: str = "sgd"
     quick: bool = True
+    kept: bool = False
+    """Whether what the head says of the entries is kept beside them; the entries then come from a memory of 5,000."""
+    batches: tuple[int, ...] = (32, 1)
+    """Numbers of queries; only the first is quick."""
 
     @property
     def label(self) -> str:
@@ -57,6 +62,17 @@ def _linear(classes: int, size: int, neighbors: int, steps: int, *, rule: str = 
 
     head = functools.partial(nn.Linear, size, classes)
     return Setting(f"linear, {rule}", head, size, classes, neighbors, steps, work, rule, quick)
+
+
+def _kept(classes: int, size: int, neighbors: int, steps: int, *, quick: bool = True) -> Setting:
+    def work(batch: int) -> Work:
+        # As many as differ, on the average, among so many drawn from the pool.
+        entries = round(_POOL * (1 - (1 - 1 / _POOL) ** (batch * neighbors)))
+        return floors.linear_kept(size, classes, batch, neighbors, steps=steps, entries=entries)
+
+    group, head = "linear, sgd, base predictions kept", functools.partial(nn.Linear, size, classes)
+    kept = {"quick": quick, "kept": True, "batches": (256, 32, 1)}
+    return Setting(group, head, size, classes, neighbors, steps, work, **kept)
 
 
 def _mlp(sizes: tuple[int, ...], neighbors: int, steps: int) -> Setting:
@@ -96,6 +112,9 @@ def _settings(full: bool) -> list[Setting]:
         _linear(1000, 2048, 50, 10),
         _linear(10_000, 268, 256, 1),
         _linear(33_278, 241, 256, 1, quick=False),
+        _kept(1000, 2048, 50, 10),
+        _kept(10_000, 268, 256, 1),
+        _kept(33_278, 241, 256, 1, quick=False),
         _mlp((784, 256, 256, 10), 32, 10),
         *(_linear(100, 512, 50, 10, rule=rule) for rule in ("rmsprop", "adam")),
         *(_linear(1000, 2048, 50, 10, rule=rule, quick=False) for rule in ("rmsprop", "adam")),
@@ -105,7 +124,7 @@ def _settings(full: bool) -> list[Setting]:
 
 
 def _grid(full: bool) -> list[tuple[Setting, int]]:
-    return [(setting, batch) for setting in _settings(full) for batch in ((32, 1) if full else (32,))]
+    return [(setting, batch) for setting in _settings(full) for batch in setting.batches[: None if full else 1]]
 
 
 def count(full: bool) -> int:
@@ -120,25 +139,31 @@ def cases(full: bool, device: torch.device) -> Iterator[Case]:
 
 
 def random_context(
-    batch: int, neighbors: int, size: int, *, classes: int, device: torch.device
+    batch: int, neighbors: int, size: int, *, classes: int, device: torch.device, pool: int | None = None
 ) -> tuple[Tensor, Context]:
-    """Returns queries and neighbors, no two queries with a neighbor in common, as from a large memory."""
+    """Returns queries and neighbors: no two in common, as from a large memory, or drawn from a pool of entries."""
     generator = torch.Generator(device).manual_seed(0)
     shape = {"device": device, "generator": generator}
     # Keys of length 4, whatever their size: the descent is stable, so that rounding does not grow from step to step.
-    keys = torch.randn(batch, neighbors, size, **shape) * (4 * size**-0.5)
+    entries = pool or batch * neighbors
+    all_keys = torch.randn(entries, size, **shape) * (4 * size**-0.5)
+    all_values = torch.randint(classes, (entries,), **shape)
     queries = torch.randn(batch, size, **shape) * (4 * size**-0.5)
-    values = torch.randint(classes, (batch, neighbors), **shape)
+    slots = torch.arange(batch * neighbors, device=device).view(batch, neighbors)
+    if pool is not None:
+        slots = torch.randint(pool, (batch, neighbors), **shape)
+    keys, values = all_keys[slots], all_values[slots]
     weights = torch.rand(batch, neighbors, **shape)
     weights /= weights.sum(1, keepdim=True)
     distances = (keys - queries.unsqueeze(1)).square().sum(2)
-    slots = torch.arange(batch * neighbors, device=device).view(batch, neighbors)
     return queries, Context(keys, values, weights, distances, slots)
 
 
-def adapter_call(head: nn.Module, rule: Rule, steps: int, *, queries: Tensor, context: Context) -> Callable[[], Tensor]:
+def adapter_call(
+    head: nn.Module, rule: Rule, steps: int, *, queries: Tensor, context: Context, kept: bool = False
+) -> Callable[[], Tensor]:
     """Returns the call that adapts ``head`` to a given context, as a prediction does."""
-    adapter = LocalAdaptation(rule, steps=steps).bind(Head(head), Categorical())
+    adapter = LocalAdaptation(rule, steps=steps, keep_base=kept).bind(Head(head), Categorical())
 
     def call() -> Tensor:
         with torch.no_grad():
@@ -150,10 +175,13 @@ def adapter_call(head: nn.Module, rule: Rule, steps: int, *, queries: Tensor, co
 def _case(setting: Setting, batch: int, device: torch.device) -> Case:
     torch.manual_seed(0)  # layers draw their weights from it
     head = setting.head().to(device)
-    queries, context = random_context(batch, setting.neighbors, setting.size, classes=setting.classes, device=device)
+    pool = _POOL if setting.kept else None
+    queries, context = random_context(
+        batch, setting.neighbors, setting.size, classes=setting.classes, device=device, pool=pool
+    )
     calls, fewer = _baselines(setting, head, queries, context)
     rule = {"sgd": rules.sgd, "rmsprop": rules.rmsprop, "adam": rules.adam}[setting.rule](_RATES[setting.rule])
-    ours = adapter_call(head, rule, setting.steps, queries=queries, context=context)
+    ours = adapter_call(head, rule, setting.steps, queries=queries, context=context, kept=setting.kept)
 
     def check() -> None:
         outputs = ours()

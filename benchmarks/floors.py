@@ -48,11 +48,21 @@ def linear(size: int, classes: int, batch: int, neighbors: int, *, steps: int) -
     return Work(batch * (base + change), FLOAT * (batch * read + classes * size))
 
 
-def linear_kept(size: int, classes: int, batch: int, neighbors: int) -> Work:
-    """One step with a linear head whose outputs at the entries are kept beside them: they are read, not computed."""
-    arithmetic = neighbors * size + neighbors * classes + classes * size
-    read = neighbors * size + neighbors * classes + size + classes
-    return Work(batch * arithmetic, FLOAT * (batch * read + classes * size))
+def linear_kept(size: int, classes: int, batch: int, neighbors: int, *, steps: int, entries: int) -> Work:
+    """The same where the given head's outputs at the entries are kept beside them: read, not computed.
+
+    Args:
+        size: d.
+        classes: C.
+        batch: How many queries.
+        neighbors: K.
+        steps: T.
+        entries: How many different ones the batch has as neighbors; each is read once.
+    """
+    computed = linear(size, classes, batch, neighbors, steps=steps)
+    kept = batch * neighbors * classes * size
+    read = entries * (size + classes) + batch * (size + classes)
+    return Work(computed.multiply_adds - kept, FLOAT * (read + classes * size))
 
 
 def mlp(sizes: tuple[int, ...], batch: int, neighbors: int, *, steps: int) -> Work:

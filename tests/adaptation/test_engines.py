@@ -12,7 +12,8 @@ from oracles import algorithm1
 from torch import Tensor, nn
 
 from recollect import Categorical, Context, EpisodicMemory, Gaussian, LocalAdaptation, MbPA, rules
-from recollect.adaptation import Head
+from recollect.adaptation import Head, factored
+from recollect.adaptation.dense import Dense
 from recollect.adaptation.factored import Factored
 from recollect.adaptation.general import General
 from recollect.adaptation.layers import ELEMENTWISE
@@ -259,6 +260,7 @@ def both(
     queries: Tensor,
     context: Context,
     chunks: tuple[int | None, ...] = (None, 1, 3),
+    tolerance: float = 1e-10,
 ) -> None:
     """Compares the two engines; the general one, like training, does not stand two functions in place in a row."""
     plain = copy.deepcopy(drawn.head)
@@ -273,7 +275,7 @@ def both(
         engine = adaptation.bind(Head(drawn.head), likelihood)
         assert isinstance(engine, Factored)
         with torch.no_grad():
-            close(engine(queries.clone(), context), expected)
+            torch.testing.assert_close(engine(queries.clone(), context), expected, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=80)
@@ -285,9 +287,13 @@ def both(
     prior=st.sampled_from([0.0, 0.0, 0.3]),
     neighbors=st.integers(1, 6),
     queries=st.integers(1, 4),
+    narrow=st.sampled_from([0, 64]),
+    single=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_factored_is_general(drawn, regression, momentum, steps, prior, neighbors, queries, seed) -> None:
+def test_factored_is_general(
+    drawn, regression, momentum, steps, prior, neighbors, queries, narrow, single, seed
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     drawn.head.double()
     for parameter in drawn.head.parameters():
@@ -303,7 +309,13 @@ def test_factored_is_general(drawn, regression, momentum, steps, prior, neighbor
     memory.write(keys, torch.randn(6, outputs, generator=generator, dtype=DOUBLE) if regression else labels)
     likelihood = Gaussian(variance=2.0) if regression else LABELS
     rule = rules.sgd(0.2, momentum=momentum)
-    both(drawn, likelihood, rule, steps, prior, rows, memory.read(rows, neighbors))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factored, "_NARROW", narrow)
+        both(drawn, likelihood, rule, steps, prior, rows, memory.read(rows, neighbors))
+        if single:
+            drawn.head.float()
+            context = memory.float().read(rows.float(), neighbors)
+            both(drawn, likelihood, rule, steps, prior, rows.float(), context, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -430,9 +442,10 @@ def test_choice_of_the_engine(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [rules.rmsprop(0.1), rules.adam(0.1)])
-def test_elementwise_rules_take_the_general_engine(rule: rules.Rule) -> None:
-    adapter = LocalAdaptation(rule, steps=2).bind(Head(nn.Linear(KEY, CLASSES)), LABELS)
-    assert isinstance(adapter, General)
+def test_elementwise_rules_take_the_dense_engine_for_linear_heads(rule: rules.Rule) -> None:
+    linear = nn.Linear(KEY, CLASSES)
+    for head, engine in ((linear, Dense), (nn.Sequential(nn.Linear(KEY, KEY), linear), General)):
+        assert type(LocalAdaptation(rule, steps=2).bind(Head(head), LABELS)) is engine
 
 
 def test_subclass_of_sgd_takes_the_general_engine() -> None:

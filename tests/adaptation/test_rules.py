@@ -65,6 +65,33 @@ def test_rule_is_pure(rule: rules.Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+def test_rule_has_a_derivative(rule: rules.Rule) -> None:
+    """A meta-learner differentiates through the steps."""
+    params, grads = tensors(), [tensors() for _ in range(3)]
+
+    def moved(*flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, parts, total = rule.init(params), [flat[i : i + 3] for i in (0, 3, 6)], dict.fromkeys(SHAPES, 0.0)
+        for part in parts:
+            delta, state = rule.update(dict(zip(SHAPES, part, strict=True)), state, params, LOSS)
+            total = {name: total[name] + delta[name] for name in SHAPES}
+        return tuple(total.values())
+
+    flat = [g.requires_grad_() for part in grads for g in part.values()]
+    assert torch.autograd.gradcheck(moved, flat)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+def test_state_may_start_shared(rule: rules.Rule) -> None:
+    """The state before the first step, made for one head, serves any number of them."""
+    params, many = tensors(), {name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    wide = {name: p.expand(3, *p.shape) for name, p in params.items()}
+    delta, _ = rule.update(many, rule.init(params), params, LOSS)
+    expected, _ = rule.update(many, rule.init(wide), wide, LOSS)
+    for name in SHAPES:
+        torch.testing.assert_close(delta[name], expected[name], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
 def test_rule_drives_many_heads_side_by_side(rule: rules.Rule) -> None:
     apart = [(tensors(), tensors(), tensors()) for _ in range(3)]
     params, *grads = ({n: torch.stack([one[i][n] for one in apart]) for n in SHAPES} for i in range(3))

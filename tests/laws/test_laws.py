@@ -209,7 +209,7 @@ def test_memory_budget_does_not_change_the_result(kind: str, bytes_: int, monkey
     model, keys = make(kind, memory), torch.randn(11, KEY, dtype=torch.float64)
     before = torch.tensor([0, 20, 3, 9, 1, 20, 0, 2, 15, 7, 4])
     expected, earlier = model(keys), model(keys, before=before)
-    for module in ("predictors", "adaptation.factored", "adaptation.general"):
+    for module in ("predictors", "adaptation.factored", "adaptation.dense", "adaptation.general"):
         monkeypatch.setattr(f"recollect.{module}._BUDGET", bytes_)
     close(model(keys), expected)
     close(model(keys, before=before), earlier)

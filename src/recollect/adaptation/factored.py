@@ -32,6 +32,7 @@ from recollect.memory import Context
 from recollect.memory.scan import products
 
 _BUDGET = 4 * 2**20  # bytes that one chunk of queries works on: stays in the cache
+_NARROW = 64  # a layer of fewer outputs keeps its weights as they are
 _SHARED = 32 * 2**20  # bytes of first outputs, computed once for all queries that have an entry in common
 
 
@@ -244,12 +245,16 @@ class _Dense:
 
     def __init__(self, layer: Layer) -> None:
         self.activations = layer.activations
-        # Transposed, and shared by all queries until the first step.
-        self.weight = _Moving(layer.linear.weight.detach().mT, layer.weight_adapts)
-        self.bias = None if layer.linear.bias is None else _Moving(layer.linear.bias.detach()[None], layer.bias_adapts)
+        linear = layer.linear
+        # Shared by all queries until the first step. Transposed where that makes the products faster.
+        self._transposed = linear.out_features >= _NARROW
+        theta = linear.weight.detach()
+        self.weight = _Moving(theta.mT if self._transposed else theta, layer.weight_adapts)
+        self.bias = None if linear.bias is None else _Moving(linear.bias.detach()[None], layer.bias_adapts)
 
     def __call__(self, inputs: Float[Tensor, "b m i"]) -> Float[Tensor, "b m o"]:
-        outputs = inputs @ self.weight.value
+        weight = self.weight.value
+        outputs = inputs @ (weight if self._transposed else weight.mT)
         return outputs if self.bias is None else outputs.add_(self.bias.value)
 
     def ascend(self, pull: Tensor, inputs: Tensor, rate: float, momentum: float, prior: float) -> Tensor:
@@ -262,8 +267,10 @@ class _Dense:
         Returns:
             Its gradient at the inputs.
         """
-        back = pull @ self.weight.value.mT
-        self.weight.ascend(inputs.mT, pull, rate, momentum, prior)
+        weight = self.weight.value
+        back = pull @ (weight.mT if self._transposed else weight)
+        left, right = (inputs, pull) if self._transposed else (pull, inputs)
+        self.weight.ascend(left.mT, right, rate, momentum, prior)
         if self.bias is not None:
             ones = pull.new_ones(()).expand(len(pull), 1, pull.shape[1])
             self.bias.ascend(ones, pull, rate, momentum, prior)

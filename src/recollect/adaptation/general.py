@@ -11,7 +11,8 @@ from recollect.errors import HeadError
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
-_BUDGET = 64 * 2**20  # bytes of parameter copies, gradients and states at once
+# Bytes of parameter copies, gradients and states at once: on a CPU, what each thread can keep in its cache.
+_BUDGET, _ELSEWHERE = 8 * 2**20, 64 * 2**20
 
 
 class General:
@@ -35,6 +36,7 @@ class General:
         self._steps = steps
         self._prior = prior
         self._chunk_size = chunk_size
+        self._runs_side_by_side = False  # not known yet
 
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
         """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
@@ -53,7 +55,9 @@ class General:
         """Returns how many queries fit the budget, from their parameter copies and the widths of the layers."""
         copies = sum(theta[name].numel() * theta[name].element_size() for name in self._names)
         widths = sum(p.shape[0] * p.element_size() for p in theta.values() if p.dim() > 1)
-        return max(1, _BUDGET // (4 * (copies + context.slots.shape[1] * widths)))
+        on_cpu = context.keys.device.type == "cpu"
+        budget = _BUDGET * torch.get_num_threads() if on_cpu else _ELSEWHERE
+        return max(1, budget // (4 * (copies + context.slots.shape[1] * widths)))
 
     def _adapt(self, theta: dict[str, Tensor], queries: Tensor, context: Context) -> Tensor:
         prior = self._prior
@@ -72,8 +76,12 @@ class General:
         return self._outputs(params, queries.unsqueeze(1)).squeeze(1)  # a head takes rows, not a bare vector
 
     def _outputs(self, params: dict[str, Tensor], keys: Float[Tensor, "b k d"]) -> Float[Tensor, "b k c"]:
+        if len(keys) == 1 and self._runs_side_by_side:  # vmap would take as long as the head itself
+            return self._head({name: p[0] for name, p in params.items()}, keys[0]).unsqueeze(0)
         try:
-            return vmap(self._head)(params, keys)
+            outputs = vmap(self._head)(params, keys)
+            self._runs_side_by_side = True  # one query needs it no less: a batch is its rows one by one
+            return outputs
         except RuntimeError as error:
             if not str(error).startswith("vmap"):
                 raise

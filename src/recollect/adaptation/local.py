@@ -1,8 +1,8 @@
 """``LocalAdaptation``: T steps of a rule on the weighted log-likelihood of the neighbors, Eq. (7).
 
-Two engines compute the same thing. ``factored.py`` never builds a copy of the first adapting layer and serves linear
-and MLP heads under gradient descent; ``general.py`` serves every head and every rule. ``bind`` picks the
-factored one wherever it is exact.
+Three engines compute the same thing. ``factored.py`` never builds a copy of the first adapting layer and serves linear
+and MLP heads under gradient descent; ``dense.py`` steps through the weights of a linear head under rmsprop and adam;
+``general.py`` serves every head and every rule. ``bind`` picks the first that is exact.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from recollect.adaptation.dense import Dense
 from recollect.adaptation.factored import Factored
 from recollect.adaptation.general import General
 from recollect.adaptation.head import Head
@@ -94,7 +95,7 @@ keep_base=False)
             raise SettingError(f"chunk_size must be a whole number above 0, or None, got {size!r}.")
 
     def bind(self, head: Head, likelihood: Likelihood) -> Adapter:
-        """Returns the engine that adapts ``head``: the factored one where it is exact, else the general one.
+        """Returns the engine that adapts ``head``: the first of factored, dense and general that is exact.
 
         Raises:
             HeadError: If the head has no parameters, or not the ones to adapt.
@@ -108,4 +109,5 @@ keep_base=False)
                 f"functions between them; here {type(self.rule).__name__}, steps={self.steps} and a "
                 f"{type(head.module).__name__}. Leave it out: the result is the same."
             )
-        return factored or General(head, likelihood, names, rule=self.rule, **settings)
+        dense = factored or Dense.build(head, likelihood, names, rule=self.rule, **settings)
+        return dense or General(head, likelihood, names, rule=self.rule, **settings)

@@ -55,6 +55,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 
+def _ratio(factor: float, tensor: Tensor, squares: Tensor, epsilon: float) -> Tensor:
+    """Returns ``factor * tensor / (sqrt(squares) + epsilon)`` in as few passes as it takes."""
+    # pow keeps its input for a derivative; sqrt keeps its output, which then could not be changed in place.
+    root = squares.pow(0.5).add_(epsilon)
+    return torch.addcdiv(root.new_zeros(()), tensor, root, value=factor)
+
+
 @dataclass(frozen=True)
 class sgd:  # reads as a function where it is used
     """Gradient descent: ``m <- momentum * m + g``, ``delta = -rate * m``.
@@ -126,8 +133,8 @@ class rmsprop:
 
     def update(self, grads: Params, state: Params, params: Params, loss: Tensor) -> tuple[Params, Params]:
         grads = {name: _wide(g) for name, g in grads.items()}
-        state = {name: self.decay * state[name] + (1 - self.decay) * g.square() for name, g in grads.items()}
-        delta = {name: -self.rate * g / (state[name].sqrt() + self.epsilon) for name, g in grads.items()}
+        state = {name: g.square().lerp_(state[name], self.decay) for name, g in grads.items()}
+        delta = {name: _ratio(-self.rate, g, state[name], self.epsilon) for name, g in grads.items()}
         return {name: d.to(params[name].dtype) for name, d in delta.items()}, state
 
 
@@ -169,9 +176,10 @@ class adam:
     ) -> tuple[Params, tuple[int, Params, Params]]:
         step, first, second = state[0] + 1, state[1], state[2]
         grads = {name: _wide(g) for name, g in grads.items()}
-        first = {name: self.beta1 * first[name] + (1 - self.beta1) * g for name, g in grads.items()}
-        second = {name: self.beta2 * second[name] + (1 - self.beta2) * g.square() for name, g in grads.items()}
-        size = self.rate / (1 - self.beta1**step)
+        first = {name: torch.lerp(g, first[name], self.beta1) for name, g in grads.items()}
+        second = {name: g.square().lerp_(second[name], self.beta2) for name, g in grads.items()}
+        # The paper divides m by 1 - beta1^t, s by 1 - beta2^t: numbers, which leave the tensors for the outer factor.
         scale = math.sqrt(1 - self.beta2**step)
-        delta = {name: -size * m / (second[name].sqrt() / scale + self.epsilon) for name, m in first.items()}
+        size = self.rate * scale / (1 - self.beta1**step)
+        delta = {name: _ratio(-size, m, second[name], self.epsilon * scale) for name, m in first.items()}
         return {name: d.to(params[name].dtype) for name, d in delta.items()}, (step, first, second)

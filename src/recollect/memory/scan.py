@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d
 _SCORES = 4 * 2**20  # bytes of scores that one block makes: they stay in the cache while the lowest are picked
 _CONVERTED = 8 * 2**20  # bytes of keys that one block converts to another dtype
 _IMAGES = 64  # what a block of keys is cut into for a convolution
+_WIDE = 512  # for more factors than these MKL is as fast
 _TILE = 8  # the largest number of scores of which first only the smallest is looked at
 
 _HALF = 1.01 * 2.0**-8  # how far rounding to bfloat16 can move a number, as a part of the result
@@ -181,7 +182,7 @@ def products(keys: Float[Tensor, "m d"], factors: Float[Tensor, "b d"]) -> Float
     if len(factors) == 1:
         return torch.mm(keys, factors.repeat(2, 1).mT)[:, :1].contiguous()
     rows = len(keys) // _IMAGES
-    if rows == 0 or len(keys) < len(factors):  # the factors are put in another order first
+    if rows == 0 or len(factors) > _WIDE:
         return torch.mm(keys, factors.mT)
     images = keys[: rows * _IMAGES].view(_IMAGES, 1, rows, keys.shape[1]).permute(0, 3, 1, 2)  # channels last
     product = conv2d(images, factors[:, :, None, None]).permute(0, 2, 3, 1).reshape(rows * _IMAGES, len(factors))
