@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -47,11 +46,6 @@ def command(name: str, chosen: argparse.Namespace, *, threads: int, device: str)
 def main(words: list[str] | None = None) -> int:
     """Runs what the command line asks for and returns the exit status."""
     chosen = arguments(words)
-    # torch and faiss each bring an OpenMP runtime. By default the threads of one spin for a while after each call,
-    # on the cores on which those of the other want to work. Sleeping threads made neither slower on an idle machine,
-    # and all contenders up to ten times faster on one that others use too. Read when the libraries are loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     import torch
 
     from benchmarks import report, runner

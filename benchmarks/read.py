@@ -85,6 +85,8 @@ def _case(setting: Setting, memory: EpisodicMemory, flat: faiss.IndexFlatL2 | No
         rows = queries.numpy()
         found["faiss"] = functools.partial(_faiss, flat, rows, neighbors)
         found["faiss, BLAS"] = functools.partial(_faiss_by_products, flat, rows, neighbors)
+        if setting.batch == 1 and torch.get_num_threads() > 1:
+            found["faiss, 1 thread"] = functools.partial(_faiss_on_one_thread, flat, rows, neighbors)
     if setting.cdist:
         found["cdist, topk"] = functools.partial(_cdist, memory.keys, queries, neighbors)
     contenders: dict[str, Call] = {**found, "read": lambda: memory.read(queries, neighbors)}
@@ -117,6 +119,16 @@ def _faiss_by_products(flat: faiss.IndexFlatL2, queries: np.ndarray, neighbors: 
         return _faiss(flat, queries, neighbors)
     finally:
         faiss.cvar.distance_compute_blas_threshold = before
+
+
+def _faiss_on_one_thread(flat: faiss.IndexFlatL2, queries: np.ndarray, neighbors: int) -> Tensor:
+    """Searches for a single query, for which faiss has work for one thread only: others are in its way."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        return _faiss(flat, queries, neighbors)
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _cdist(keys: Tensor, queries: Tensor, neighbors: int) -> Tensor:

@@ -17,12 +17,11 @@ from recollect.adaptation.entries import distinct
 from recollect.adaptation.head import Head
 from recollect.adaptation.layers import Layer, flatten, linear_layers
 from recollect.adaptation.rules import Rule, adam, rmsprop
+from recollect.adaptation.workspace import workspace
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
-# Bytes of a tile's weights and of what a step makes of them: on a CPU, what each thread can keep in its cache;
-# elsewhere so many that starting an operation takes less time than the operation.
-_BUDGET, _ELSEWHERE = 4 * 2**20, 256 * 2**20
+_BUDGET = 4 * 2**20  # bytes of a tile's weights and of what a step makes of them, for each thread
 _NAME = "parameter"  # of the only one that the rule is shown at a time
 _SHARED = 32 * 2**20  # bytes of first outputs, computed once for all queries that have an entry in common
 
@@ -105,7 +104,7 @@ class Dense:
     def _fitting(self, device: torch.device) -> int:
         """Returns how many classes, of one query or of several, fit the budget."""
         weight = self._layer.linear.weight
-        budget = _BUDGET * torch.get_num_threads() if device.type == "cpu" else _ELSEWHERE
+        budget = workspace(_BUDGET, device)
         # A row of the weight, its gradient and its state, and two arrays within the rule.
         return max(1, budget // (5 * weight.shape[1] * weight.element_size()))
 

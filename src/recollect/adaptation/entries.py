@@ -25,9 +25,8 @@ def distinct(context: Context) -> Entries:
     """Returns every entry of a context once, whatever number of queries it is a neighbor of."""
     slots, place = context.slots.unique(return_inverse=True)
     some = place.new_empty(len(slots)).scatter_(0, place.view(-1), torch.arange(place.numel(), device=place.device))
-    count = context.slots.shape[1]
-    row, column = some // count, some % count
-    return Entries(slots, context.keys[row, column], context.values[row, column], place)
+    keys, values = (part.flatten(0, 1).index_select(0, some) for part in (context.keys, context.values))
+    return Entries(slots, keys, values, place)
 
 
 def add_weighted_rows(

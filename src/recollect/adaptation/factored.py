@@ -27,11 +27,12 @@ from recollect.adaptation.head import Head
 from recollect.adaptation.kept import Kept
 from recollect.adaptation.layers import Layer, flatten, linear_layers
 from recollect.adaptation.rules import Rule, sgd
+from recollect.adaptation.workspace import workspace
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 from recollect.memory.scan import products
 
-_BUDGET = 4 * 2**20  # bytes that one chunk of queries works on: stays in the cache
+_BUDGET = 4 * 2**20  # bytes that one chunk of queries works on, for each thread
 _NARROW = 64  # a layer of fewer outputs keeps its weights as they are
 _SHARED = 32 * 2**20  # bytes of first outputs, computed once for all queries that have an entry in common
 
@@ -209,7 +210,7 @@ class Factored:
         floats = 4 * count * sum(layer.linear.out_features for layer in self._layers) + 2 * count * count
         dense = sum(layer.linear.weight.numel() for layer in self._layers[1:] if layer.weight_adapts)
         floats += dense * (2 if self._rule.momentum else 1)
-        return max(1, _BUDGET // (floats * queries.element_size()))
+        return max(1, workspace(_BUDGET, queries.device) // (floats * queries.element_size()))
 
     def _descend(
         self, base: Float[Tensor, "b k h"], gram: Tensor | None, values: Tensor, weights: Float[Tensor, "b k 1"]

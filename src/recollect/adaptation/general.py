@@ -7,12 +7,12 @@ from torch.func import vmap
 
 from recollect.adaptation.head import Head
 from recollect.adaptation.rules import Rule
+from recollect.adaptation.workspace import workspace
 from recollect.errors import HeadError
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
 
-# Bytes of parameter copies, gradients and states at once: on a CPU, what each thread can keep in its cache.
-_BUDGET, _ELSEWHERE = 8 * 2**20, 64 * 2**20
+_BUDGET = 8 * 2**20  # bytes of parameter copies, gradients and states at once, for each thread
 
 
 class General:
@@ -55,9 +55,7 @@ class General:
         """Returns how many queries fit the budget, from their parameter copies and the widths of the layers."""
         copies = sum(theta[name].numel() * theta[name].element_size() for name in self._names)
         widths = sum(p.shape[0] * p.element_size() for p in theta.values() if p.dim() > 1)
-        on_cpu = context.keys.device.type == "cpu"
-        budget = _BUDGET * torch.get_num_threads() if on_cpu else _ELSEWHERE
-        return max(1, budget // (4 * (copies + context.slots.shape[1] * widths)))
+        return max(1, workspace(_BUDGET, context.keys.device) // (4 * (copies + context.slots.shape[1] * widths)))
 
     def _adapt(self, theta: dict[str, Tensor], queries: Tensor, context: Context) -> Tensor:
         prior = self._prior

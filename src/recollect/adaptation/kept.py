@@ -86,15 +86,15 @@ class Kept:
 
     def _missing(self, entries: Entries) -> Bool[Tensor, " u"]:
         at = entries.slots.clamp(min=0)
-        same = self._known[at] & (self._keys[at] == entries.keys).all(1)
+        same = self._known[at] & (self._keys.index_select(0, at) == entries.keys).all(1)
         same &= (self._values[at] == entries.values).view(len(at), -1).all(1)
         return ~same & (entries.slots >= 0)
 
     def rows(self, slots: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
         """Returns the rows of the entries in ``slots``."""
-        at = slots.clamp(min=0)
-        parts = [block[at] for block in self._blocks]
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        at = slots.clamp(min=0).reshape(-1)
+        parts = [block.index_select(0, at) for block in self._blocks]
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).unflatten(0, slots.shape)
 
     def weighted_sum(self, slots: Int[Tensor, "b k"], shares: Float[Tensor, "b k"]) -> Float[Tensor, "b c"]:
         """Returns the sum of the rows of each query's entries, each times its share."""
