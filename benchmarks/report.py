@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from benchmarks.measure import Result, Row
 
-_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: ([\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Record(TypedDict):
@@ -135,8 +135,9 @@ def filled(page: str, records: dict[str, Record]) -> str:
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Returns the records in a folder by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Returns the records in a folder and those below it by their path, such as ``read`` and ``two-threads/read``."""
+    paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.json"))}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
 def update_page(page: Path, folder: Path) -> None:
