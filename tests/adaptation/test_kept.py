@@ -222,6 +222,7 @@ def test_weighted_rows_are_a_sum_over_neighbors(queries, neighbors, slots, tile,
     table = Kept()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("recollect.adaptation.entries._TILE", tile)
+        patch.setattr("recollect.adaptation.entries._FEWEST", 1)
         patch.setattr(kept_module, "_CHUNK", tile)
         patch.setattr(kept_module, "_WIDTH", 1 + tile % 7)
         total = add_weighted_rows(outputs.clone(), shares, entries, compute)

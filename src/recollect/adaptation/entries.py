@@ -9,7 +9,8 @@ from torch import Tensor
 
 from recollect.memory import Context
 
-_TILE = 4 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
+_TILE = 8 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
+_FEWEST = 128  # rows to make at once at least: each time the head's weights have to be read
 
 
 class Entries(NamedTuple):
@@ -50,7 +51,7 @@ def add_weighted_rows(
     place = entries.place.reshape(-1)
     order = place.argsort()
     ends = place.bincount(minlength=len(entries.keys)).cumsum(0)
-    size = max(1, _TILE // (outputs.shape[1] * outputs.element_size()))
+    size = max(_FEWEST, _TILE // (outputs.shape[1] * outputs.element_size()))
     done = 0
     for start in range(0, len(entries.keys), size):
         rows = compute(entries.keys[start : start + size], entries.values[start : start + size])
