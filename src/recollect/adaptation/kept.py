@@ -11,7 +11,7 @@ from torch.nn.functional import embedding_bag
 
 from recollect.adaptation.entries import Entries
 
-_WIDTH = 1024  # columns of one block of the table: one block of a few thousand rows stays in the cache
+_WIDTH = 512  # columns of one block of the table: one block of a few thousand rows stays in the cache
 _CHUNK = 16 * 2**20  # bytes of rows that are computed at once
 
 
