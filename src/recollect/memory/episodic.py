@@ -15,7 +15,7 @@ from recollect.errors import (
 )
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory.exact import ExactIndex
-from recollect.memory.index import Index, compute_dtype
+from recollect.memory.index import Index, compute_dtype, expanded_distances
 from recollect.memory.protocol import Context
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing
@@ -301,7 +301,7 @@ class EpisodicMemory(nn.Module):
         order = self.written.argsort(stable=True)[self.capacity - len(self) :]  # occupied slots, oldest first
         keys, values = self.keys[order].to(queries.dtype), self.values[order]
         shape = (len(queries), len(order))
-        distances = _expanded_distances(queries, keys)
+        distances = expanded_distances(queries, keys)
         log_weights = kernel.log_weights(queries, keys, distances)
         slots, values = order.expand(shape), values.expand(*shape, *self.value_shape)
         visible = torch.ones(shape, dtype=torch.bool, device=queries.device)
@@ -382,15 +382,6 @@ def _too_large(keys: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
 
 def _overflows(values: Tensor, stored: Tensor) -> bool:
     return bool((stored.isinf() & ~values.isinf()).any())
-
-
-def _expanded_distances(queries: Float[Tensor, "b d"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
-    """Returns all squared distances by one product, in float64 and around the center: there the loss is small."""
-    h = keys.double()
-    center = h.sum(0) / max(1, len(h))
-    h, q = h - center, queries.double() - center
-    squares = torch.addmm(h.square().sum(1), q, h.mT, alpha=-2).add_(q.square().sum(1, keepdim=True))
-    return squares.clamp_(min=0).to(queries.dtype)
 
 
 def _normalize(log_weights: Float[Tensor, "b k"], visible: Bool[Tensor, "b k"]) -> Float[Tensor, "b k"]:

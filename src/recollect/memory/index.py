@@ -83,6 +83,15 @@ def exact_distances(
     return out
 
 
+def expanded_distances(queries: Float[Tensor, "b d"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
+    """Returns all squared distances by one product, in float64 and around the center: there the loss is small."""
+    h = keys.double()
+    center = h.sum(0) / max(1, len(h))
+    h, q = h - center, queries.double() - center
+    squares = torch.addmm(h.square().sum(1), q, h.mT, alpha=-2).add_(q.square().sum(1, keepdim=True))
+    return squares.clamp_(min=0).to(queries.dtype)
+
+
 def nearest_first(
     distances: Float[Tensor, "b m"], slots: Int[Tensor, "b m"], written: Int[Tensor, " n"], count: int
 ) -> Neighbors:
