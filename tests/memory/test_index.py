@@ -56,6 +56,8 @@ def first_scan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(exact, "multiplies_bfloat16", lambda device: request.param == "bfloat16")
     monkeypatch.setattr(exact, "_COARSE", 1)
     monkeypatch.setattr(exact, "_MANY", 1)
+    if request.param == "bfloat16":
+        monkeypatch.setattr(scan, "_FEW", 0)
     return request.param
 
 
@@ -421,6 +423,7 @@ def test_block_sizes_do_not_matter(
         monkeypatch.setattr(scan, "_SCORES", scratch)
         monkeypatch.setattr(scan, "_CONVERTED", scratch)
         monkeypatch.setattr(scan, "_IMAGES", 2)
+        monkeypatch.setattr(scan, "_FEW", 0)
         monkeypatch.setattr(exact, "_CHUNK", scratch)
         monkeypatch.setattr(exact, "_BATCH", 5)
         monkeypatch.setattr(index, "_GATHER", gather)

@@ -10,7 +10,7 @@ from recollect.memory.scan import Scan, multiplies_bfloat16, slack
 _CHUNK = 16 * 2**20  # bytes that deriving from keys works on at once
 _BATCH = 256  # queries that one scan serves
 _COARSE = 96  # the smallest number of queries for which converting the keys to bfloat16 pays
-_MANY = 100  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
+_MANY = 300  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
 _MARGIN = 16  # how many more candidates than neighbors a scan in full precision keeps at least
 _SPARE = 50  # how many candidates a scan in bfloat16 keeps beside twice the neighbors
 _NEGLIGIBLE = 1 / 16  # a center whose square is this part of the keys' is none: that saves subtracting it

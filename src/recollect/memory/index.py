@@ -96,8 +96,10 @@ def nearest_first(
     distances: Float[Tensor, "b m"], slots: Int[Tensor, "b m"], written: Int[Tensor, " n"], count: int
 ) -> Neighbors:
     """Sorts by distance and, where that is equal, by age (older first), and keeps the first ``count``."""
-    age = written[slots].argsort(dim=1)
-    distances, slots = distances.gather(1, age), slots.gather(1, age)
-    order = distances.argsort(dim=1, stable=True)[:, :count]
-    distances, slots = distances.gather(1, order), slots.gather(1, order)
-    return Neighbors(distances, slots.masked_fill(distances == torch.inf, -1))
+    near, order = distances.sort(dim=1)
+    if bool(((near[:, 1:] == near[:, :-1]) & (near[:, 1:] < torch.inf)).any()):
+        age = written[slots].argsort(dim=1)
+        distances, slots = distances.gather(1, age), slots.gather(1, age)
+        near, order = distances.sort(dim=1, stable=True)
+    near, slots = near[:, :count], slots.gather(1, order[:, :count])
+    return Neighbors(near, slots.masked_fill(near == torch.inf, -1))

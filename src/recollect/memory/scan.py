@@ -17,6 +17,7 @@ _SCORES = 4 * 2**20  # bytes of scores that one block makes: they stay in the ca
 _CONVERTED = 8 * 2**20  # bytes of keys that one block converts to another dtype
 _IMAGES = 64  # what a block of keys is cut into for a convolution
 _WIDE = 512  # for more factors than these MKL is as fast
+_FEW = 2**16  # scores that are sorted at once: less than the many small operations that spare it
 _TILE = 8  # the largest number of scores of which first only the smallest is looked at
 
 _HALF = 1.01 * 2.0**-8  # how far rounding to bfloat16 can move a number, as a part of the result
@@ -83,6 +84,8 @@ class Scan(NamedTuple):
         """Returns the ``count`` lowest scores of each query, in any order, and their slots."""
         lowest = _Lowest(len(self.factors), count, self.norms)
         for start, scores in self.blocks():
+            if scores.numel() <= _FEW and len(scores) == len(self.norms):
+                return scores.mT.topk(count, largest=False)
             lowest.offer(start, scores)
         return lowest.pick()
 
