@@ -245,8 +245,9 @@ class _Builder:
 
     def _take_instance(self, kind: str, path: str) -> nn.Module:
         if path not in self._supplied:
+            why = " (its index was another than ExactIndex)" if kind == EpisodicMemory.__name__ else ""
             raise SettingError(
-                f"the module at {path!r} is a {kind} that recollect cannot build by itself: call "
+                f"the module at {path!r} is a {kind} that recollect cannot build by itself{why}: call "
                 f"load(folder, modules={{{path!r}: ...}}) with an instance to fill. Got {list(self._supplied)}."
             )
         instance = self._supplied.pop(path)

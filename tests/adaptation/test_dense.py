@@ -116,7 +116,7 @@ def test_dense_is_general(
     assert engine is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "_BUDGET", room(classes, width, dtype))
-        patch.setattr(dense, "_SHARED", shared)
+        patch.setattr(dense, "SHARED", shared)
         actual = engine(rows.clone(), context)
     tolerance = 1e-10 if dtype == DOUBLE else 1e-4
     torch.testing.assert_close(actual, general(rows.clone(), context), rtol=tolerance, atol=tolerance)

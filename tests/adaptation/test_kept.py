@@ -43,9 +43,10 @@ def pair(head: nn.Module, memory: EpisodicMemory, *, steps: int, parameters=None
 
 
 def agree(models: tuple[MbPA, MbPA], queries: Tensor) -> None:
-    expected = models[0](queries)
+    expected, why = models[0](queries), models[0].explain(queries[0])
     for _ in range(2):  # the second time from the table
         torch.testing.assert_close(models[1](queries), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(models[1].explain(queries[0]), why, rtol=1e-10, atol=1e-10)
 
 
 CHANGES = ["write", "write many", "forget", "clear", "train", "data", "load memory", "load head", "nothing"]
@@ -113,6 +114,44 @@ def test_vectors_as_values_and_places_that_nothing_fills(steps: int) -> None:
     queries, before = torch.randn(4, D, generator=g), torch.tensor([0, 1, 3, 6])
     for _ in range(2):
         torch.testing.assert_close(model(queries, before=before), plain(queries, before=before))
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_values_in_another_precision(head_dtype: torch.dtype, steps: int, keep_base: bool) -> None:
+    memory = EpisodicMemory(6, D, value_shape=(C,), value_dtype=torch.float64)
+    memory.write(torch.randn(4, D), torch.randn(4, C, dtype=torch.float64))
+    adaptation = LocalAdaptation(rules.sgd(0.3), steps=steps, keep_base=keep_base)
+    head, queries = linear().to(head_dtype), torch.randn(3, D)
+    model = MbPA(head, memory, neighbors=3, adaptation=adaptation, likelihood=Gaussian())
+    outputs = model(queries)
+    assert outputs.dtype == head_dtype
+    memory.float()  # the table must not stay behind
+    memory.write(torch.randn(1, D), torch.randn(1, C))
+    assert torch.allclose(model(memory.keys[:2]), model(memory.keys[:2]))
+
+
+def test_a_table_that_could_not_grow_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = EpisodicMemory(40, D)
+    memory.write(torch.randn(4, D), torch.randint(C, (4,)))
+    models = pair(linear(), memory, steps=1)
+    queries = torch.randn(3, D)
+    models[1](queries)
+    memory.write(torch.randn(36, D), torch.randint(C, (36,)))
+    zeros, calls = Tensor.new_zeros, []
+
+    def full(self, *shape, **settings):
+        calls.append(shape)
+        if len(calls) == 3:
+            raise MemoryError
+        return zeros(self, *shape, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", full)
+        with pytest.raises(MemoryError):
+            models[1](queries)
+    torch.testing.assert_close(models[1](queries), models[0](queries))
 
 
 def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,72 @@ def test_no_distance_lies_below_what_its_score_proves(
         assert float(loss.median()) < (0.02 if coarse else 1e-3), "these bounds prove nothing"
 
 
+@given(
+    rows=st.integers(1, 70),
+    batch=st.integers(1, 12),
+    size=st.integers(1, 9),
+    neighbors=st.integers(1, 12),
+    scales=st.lists(st.sampled_from([1e-22, 1e-20, 1e-19, 1e-10, 1.0, 1e5, 1e14]), min_size=1, max_size=3),
+    offset=st.sampled_from([0.0, 0.0, 1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_scale(first_scan: str, rows, batch, size, neighbors, scales, offset, dtype, seed) -> None:
+    """Of scales whose squares underflow, too, and of several at once."""
+    g = torch.Generator().manual_seed(seed)
+    keys = torch.randn(rows, size, generator=g, dtype=dtype) + offset
+    keys *= torch.tensor(scales, dtype=dtype)[torch.randint(len(scales), (rows, 1), generator=g)]
+    queries = keys[torch.randint(rows, (batch,), generator=g)]
+    queries = queries + scales[0] * 1e-2 * torch.randn(batch, size, generator=g, dtype=dtype)
+    memory = filled(keys, key_dtype=dtype)
+    context = memory.read(queries, neighbors)
+    assert same(context[3:], by_differences(memory, queries, min(neighbors, rows), None))
+
+
+def test_tiny_keys_find_themselves_in_a_large_batch() -> None:
+    keys = torch.randn(1000, 2) * 1e-20
+    assert filled(keys).read(keys[:200], 1).slots[:, 0].tolist() == list(range(200))
+
+
+@given(
+    rows=st.integers(1, 300),
+    factors=st.integers(1, 9),
+    size=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    wide=st.sampled_from([0, 512]),
+    seed=st.integers(0, 2**32),
+)
+def test_products_are_products(rows: int, factors: int, size: int, dtype: torch.dtype, wide: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(count, size, generator=g, dtype=dtype) for count in (rows, factors))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_WIDE", wide)
+        product = scan.products(a, b)
+    assert product.is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    expected = (a.double().unsqueeze(1) * b.double()).sum(2)
+    torch.testing.assert_close(product.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_bfloat16_is_tried_again_after_a_pause(first_scan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if first_scan == "float32":
+        return
+    tried: list[bool] = []
+    prove = ExactIndex._prove
+
+    def spy(self, scan, *args) -> Tensor:
+        tried.append(scan.coarse)
+        return prove(self, scan, *args)
+
+    monkeypatch.setattr(ExactIndex, "_prove", spy)
+    monkeypatch.setattr(exact, "_PAUSE", 2)
+    memory = filled(duplicates(torch.Generator()))
+    for _ in range(4):
+        memory.read(memory.keys[:5], 3)
+    assert tried == [True, False, False, False, True, False]
+
+
 def test_bfloat16_proves_ordinary_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(8)
     monkeypatch.setattr(exact, "multiplies_bfloat16", lambda device: True)
@@ -453,6 +519,7 @@ def test_one_search_works_on_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "index_select", watch(index_select))
     monkeypatch.setattr(Tensor, "nonzero", watch(nonzero))
     memory.read(torch.zeros(40, 32), 3)
+    memory.read(torch.zeros(40, 32), 3, before=torch.arange(40) - 20)  # some see nothing
     assert 2**17 < largest <= 2**18  # where all scores are equal: two whole numbers for each
 
 

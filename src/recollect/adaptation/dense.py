@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recollect.adaptation.entries import distinct
+from recollect.adaptation.entries import SHARED, distinct
 from recollect.adaptation.head import Head
-from recollect.adaptation.layers import Layer, flatten, linear_layers
+from recollect.adaptation.layers import Layer, split
 from recollect.adaptation.rules import Rule, adam, rmsprop
 from recollect.adaptation.workspace import workspace
 from recollect.likelihoods import Likelihood
@@ -23,7 +23,6 @@ from recollect.memory import Context
 
 _BUDGET = 4 * 2**20  # bytes of a tile's weights and of what a step makes of them, for each thread
 _NAME = "parameter"  # of the only one that the rule is shown at a time
-_SHARED = 32 * 2**20  # bytes of first outputs, computed once for all queries that have an entry in common
 
 
 class Dense:
@@ -60,21 +59,18 @@ class Dense:
         chunk_size: int | None,
     ) -> "Dense | None":
         """Returns the engine for ``head``, or None for other rules, or where more adapts than the last linear layer."""
-        modules = flatten(head.module)
-        if type(rule) not in {rmsprop, adam} or steps == 0 or modules is None:
+        parts = split(head, names) if type(rule) in {rmsprop, adam} and steps > 0 else None
+        if parts is None:
             return None
-        adapting = [any(f"{name}.{p}".lstrip(".") in names for p, _ in m.named_parameters()) for name, m in modules]
-        start = adapting.index(True)
-        layers = linear_layers(modules[start:], names)
-        if layers is None or len(layers) > 1 or layers[0].activations:
+        prefix, layers = parts
+        if len(layers) > 1 or layers[0].activations:
             return None
-        prefix = Head(nn.Sequential(*(m for _, m in modules[:start]))) if start else None
         return Dense(prefix, layers[0], likelihood, rule=rule, steps=steps, prior=prior, chunk_size=chunk_size)
 
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
         """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
         weight = self._layer.linear.weight
-        size = max(1, _SHARED // (context.slots.shape[1] * len(weight) * weight.element_size()))
+        size = max(1, SHARED // (context.slots.shape[1] * len(weight) * weight.element_size()))
         parts = []
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
@@ -108,23 +104,23 @@ class Dense:
         # A row of the weight, its gradient and its state, and two arrays within the rule.
         return max(1, budget // (5 * weight.shape[1] * weight.element_size()))
 
-    def _tiles(self, classes: int) -> "list[_Moving]":
+    def _tiles(self, classes: int) -> "list[_Stepped]":
         """Returns the weight in tiles of at most so many classes, all but the last of the same size."""
         weight = self._layer.linear.weight.detach()
         count = -(-len(weight) // classes)
         return [self._start(tile, self._layer.weight_adapts) for tile in weight.split(-(-len(weight) // count))]
 
-    def _bias(self) -> "_Moving | None":
+    def _bias(self) -> "_Stepped | None":
         bias = self._layer.linear.bias
         return None if bias is None else self._start(bias.detach()[None], self._layer.bias_adapts)
 
-    def _start(self, theta: Float[Tensor, "m n"], adapts: bool) -> "_Moving":
-        return _Moving(theta, theta, self._rule.init({_NAME: theta}) if adapts else None)
+    def _start(self, theta: Float[Tensor, "m n"], adapts: bool) -> "_Stepped":
+        return _Stepped(theta, theta, self._rule.init({_NAME: theta}) if adapts else None)
 
     def _descend(
         self,
-        tiles: "list[_Moving]",
-        bias: "_Moving | None",
+        tiles: "list[_Stepped]",
+        bias: "_Stepped | None",
         outputs: Float[Tensor, "b k c"],
         near: Float[Tensor, "b k h"],
         query: Float[Tensor, "b 1 h"],
@@ -146,17 +142,17 @@ class Dense:
                 outputs.add_(bias.value)
         return outputs.squeeze(1)
 
-    def _step(self, before: "_Moving", left: Float[Tensor, "b m k"], right: Float[Tensor, "b k n"]) -> "_Moving":
+    def _step(self, before: "_Stepped", left: Float[Tensor, "b m k"], right: Float[Tensor, "b k n"]) -> "_Stepped":
         """Takes one step where the gradient of the loss is ``left @ right``."""
         if before.state is None:
             return before
         loss = left.new_zeros(len(left))  # which an elementwise rule ignores
         delta, state = self._rule.update({_NAME: left @ right}, before.state, {_NAME: before.value}, loss)
         kept = before.value.lerp(before.theta, self._prior) if self._prior else before.value
-        return _Moving(before.theta, delta[_NAME].add_(kept), state)
+        return _Stepped(before.theta, delta[_NAME].add_(kept), state)
 
 
-class _Moving(NamedTuple):
+class _Stepped(NamedTuple):
     """Parameters and the rule's state: shared by all queries until the first step, then one of each for each query."""
 
     theta: Float[Tensor, "m n"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recollect.memory import Context
 
+SHARED = 32 * 2**20  # bytes of the given head's outputs at entries that queries have in common, computed once for them
 _TILE = 8 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
 _FEWEST = 128  # rows to make at once at least: each time the head's weights have to be read
 

@@ -14,7 +14,7 @@ change from step to step and are small, so their change is kept densely.
 The "1" stands for the bias; it is dropped when the bias does not adapt, as ``h_j . h_k`` is when the weight does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from recollect.adaptation.entries import Entries, add_weighted_rows, distinct
+from recollect.adaptation.entries import SHARED, Entries, add_weighted_rows, distinct
 from recollect.adaptation.head import Head
 from recollect.adaptation.kept import Kept
-from recollect.adaptation.layers import Layer, flatten, linear_layers
+from recollect.adaptation.layers import Layer, split
 from recollect.adaptation.rules import Rule, sgd
 from recollect.adaptation.workspace import workspace
 from recollect.likelihoods import Likelihood
@@ -34,7 +34,6 @@ from recollect.memory.scan import products
 
 _BUDGET = 4 * 2**20  # bytes that one chunk of queries works on, for each thread
 _NARROW = 64  # a layer of fewer outputs keeps its weights as they are
-_SHARED = 32 * 2**20  # bytes of first outputs, computed once for all queries that have an entry in common
 
 
 class _Signal(NamedTuple):
@@ -93,15 +92,10 @@ class Factored:
         """Returns the engine for ``head``, or None where the factored form would not be exact."""
         if type(rule) is not sgd or steps == 0:
             return None
-        modules = flatten(head.module)
-        if modules is None:
+        parts = split(head, names)
+        if parts is None:
             return None
-        adapting = [any(f"{name}.{p}".lstrip(".") in names for p, _ in m.named_parameters()) for name, m in modules]
-        start = adapting.index(True)
-        layers = linear_layers(modules[start:], names)
-        if layers is None:
-            return None
-        prefix = Head(nn.Sequential(*(m for _, m in modules[:start]))) if start else None
+        prefix, layers = parts
         settings = {"steps": steps, "prior": prior, "chunk_size": chunk_size, "keep_base": keep_base}
         return Factored(prefix, layers, likelihood, rule=rule, **settings)
 
@@ -119,6 +113,9 @@ class Factored:
 
     def contributions(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b k c"]:
         """Returns what each neighbor added to each output; only where ``is_linear``."""
+        if self._steps == 1:
+            shares, entries, _ = self._shares(queries, context)
+            return shares.unsqueeze(-1) * self._pull(entries.keys, entries.values)[entries.place]
         with self._alone():
             return torch.cat([adapted.cross.mT * adapted.coefficients for adapted in self._chunks(queries, context)])
 
@@ -138,20 +135,24 @@ class Factored:
         Every entry is seen by the given head alone, so that the change is a sum over entries of what the gradient of
         ``log p(v | h)`` is there, each times its share: ``rate * w_k * (h_k . q + 1)``.
         """
-        entries = self._entries(context)
-        if self._prefix is not None:
-            queries = self._prefix({}, queries)
-        near = context.keys if self._prefix is None else entries.keys[entries.place]
-        shares = self._products(near, queries.unsqueeze(1)).squeeze(1) * context.weights * self._rule.rate
+        shares, entries, queries = self._shares(queries, context)
         outputs = self._linear(queries)
         if self._kept is None:
             return add_weighted_rows(outputs, shares, entries, self._pull)
         self._kept.update(entries, self._parameters(), self._pull)
         return outputs.add_(self._kept.weighted_sum(context.slots, shares))
 
+    def _shares(self, queries: Tensor, context: Context) -> tuple[Float[Tensor, "b k"], Entries, Tensor]:
+        """Returns each neighbor's share, the distinct entries, and the queries behind the prefix."""
+        entries = self._entries(context)
+        if self._prefix is not None:
+            queries = self._prefix({}, queries)
+        near = context.keys if self._prefix is None else entries.keys[entries.place]
+        return self._reach(near, queries.unsqueeze(1)).squeeze(1) * context.weights * self._rule.rate, entries, queries
+
     def _pull(self, keys: Float[Tensor, "m d"], values: Shaped[Tensor, "m *v"]) -> Float[Tensor, "m c"]:
         """Returns the gradient of ``log p(v | h)`` at the given head's outputs."""
-        return self._likelihood.gradient(self._linear(keys), values)
+        return self._likelihood.gradient(self._linear(keys), values).to(keys.dtype)
 
     def _parameters(self) -> tuple[Tensor, ...]:
         return tuple(self._first.linear.parameters())
@@ -164,7 +165,7 @@ class Factored:
     def _chunks(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts a chunk of queries at a time."""
         count, first = context.slots.shape[1], self._first.linear
-        group = max(1, _SHARED // (count * first.out_features * queries.element_size()))
+        group = max(1, SHARED // (count * first.out_features * queries.element_size()))
         for start in range(0, len(queries), group):
             part = slice(start, start + group)
             yield from self._group(queries[part], Context(*(field[part] for field in context)))
@@ -175,36 +176,37 @@ class Factored:
         if self._prefix is not None:
             queries = self._prefix({}, queries)
         target = self._linear(queries)
-        if self._kept is None:
-            rows = self._linear(entries.keys)
-        else:
-            rows = torch.empty(0)
-            self._kept.update(entries, self._parameters(), self._base)
+        base = self._base_rows(entries)
         chunk = self._chunk_size or self._rows(context.slots.shape[1], queries)
         for start in range(0, len(queries), chunk):
             part = slice(start, start + chunk)
             near = context.keys[part] if self._prefix is None else entries.keys[entries.place[part]]
-            cross = self._products(near, queries[part].unsqueeze(1))
-            gram = self._products(near, near) if self._steps > 1 else None
+            cross = self._reach(near, queries[part].unsqueeze(1))
+            gram = self._reach(near, near) if self._steps > 1 else None
             values, weights = context.values[part], context.weights[part].unsqueeze(-1)
-            base = rows[entries.place[part]] if self._kept is None else self._kept.rows(context.slots[part])
-            coefficients, deeper = self._descend(base, gram, values, weights)
+            coefficients, deeper = self._descend(base(part, context.slots), gram, values, weights)
             yield _Adapted(target[part], cross, coefficients, deeper)
 
-    def _base(self, keys: Float[Tensor, "m d"], values: Shaped[Tensor, "m *v"]) -> Float[Tensor, "m h"]:
-        return self._linear(keys)
+    def _base_rows(self, entries: Entries) -> Callable[[slice, Tensor], Float[Tensor, "b k h"]]:
+        """Returns what looks up the first layer's outputs at the neighbors of some queries, given all slots."""
+        if self._kept is None:
+            rows = self._linear(entries.keys)
+            return lambda part, slots: rows[entries.place[part]]
+        kept = self._kept
+        kept.update(entries, self._parameters(), lambda keys, values: self._linear(keys))
+        return lambda part, slots: kept.rows(slots[part])
 
     def _linear(self, keys: Float[Tensor, "m d"]) -> Float[Tensor, "m h"]:
         """Returns the first layer's outputs, as they are before the steps."""
         outputs = products(keys, self._first.linear.weight.detach())
         return outputs if self._first.linear.bias is None else outputs.add_(self._first.linear.bias.detach())
 
-    def _products(self, near: Float[Tensor, "b k d"], rows: Float[Tensor, "b m d"]) -> Float[Tensor, "b m k"]:
+    def _reach(self, near: Float[Tensor, "b k d"], rows: Float[Tensor, "b m d"]) -> Float[Tensor, "b m k"]:
         """Returns how much each coefficient moves the first layer's output at ``rows``."""
         if not self._first.weight_adapts:
             return near.new_ones(len(near), rows.shape[1], near.shape[1])
-        products = rows @ near.mT
-        return products + 1 if self._first.bias_adapts else products
+        reach = rows @ near.mT
+        return reach + 1 if self._first.bias_adapts else reach
 
     def _rows(self, count: int, queries: Tensor) -> int:
         floats = 4 * count * sum(layer.linear.out_features for layer in self._layers) + 2 * count * count
@@ -221,8 +223,8 @@ class Factored:
         deeper = [_Dense(layer) for layer in self._layers[1:]]
         first, pull = base.clone() if prior else base, coefficients
         for step in range(self._steps):
-            if step > 0 and gram is not None:  # first = base + gram @ coefficients, by what the last step changed
-                first = (first.lerp_(base, prior) if prior else first).baddbmm_(gram, pull, alpha=rate)
+            if step > 0 and gram is not None:
+                first = self._moved(first, base, gram, pull, coefficients)
             signals = self._forward(first, deeper)
             pull = self._likelihood.gradient(signals[-1].value, values).mul_(weights).to(base.dtype)
             for layer, signal, source in zip(deeper[::-1], signals[:0:-1], signals[-2::-1], strict=True):
@@ -232,6 +234,14 @@ class Factored:
                 pull = velocity.mul_(momentum).add_(pull)
             coefficients.mul_(1 - prior).add_(pull, alpha=rate)
         return coefficients, deeper
+
+    def _moved(self, first: Tensor, base: Tensor, gram: Tensor, pull: Tensor, coefficients: Tensor) -> Tensor:
+        """Returns ``base + gram @ coefficients``, in place and by what the last step changed where that is accurate."""
+        if base.element_size() < 4:
+            return torch.baddbmm(base, gram, coefficients)
+        if self._prior:
+            first.lerp_(base, self._prior)
+        return first.baddbmm_(gram, pull, alpha=self._rule.rate)
 
     def _forward(self, first: Tensor, deeper: "list[_Dense]") -> "list[_Signal]":
         """Returns what each layer puts out, given what the first one does before its activations."""

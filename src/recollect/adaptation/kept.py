@@ -46,7 +46,7 @@ class Kept:
             parameters: What ``compute`` depends on beside the entries.
             compute: Maps keys and values of entries to their rows.
         """
-        if not self._stands(parameters):
+        if not self._fits(entries, parameters):
             self._parameters = tuple(p.detach().clone() for p in parameters)
             self._known = torch.zeros(0, dtype=torch.bool, device=entries.keys.device)
         self._grow(entries, compute)
@@ -54,13 +54,19 @@ class Kept:
         width = sum(block.shape[1] for block in self._blocks)
         for some in missing.split(max(1, _CHUNK // (4 * width))) if len(missing) else ():
             slots, keys, values = entries.slots[some], entries.keys[some], entries.values[some]
-            for block, columns in zip(self._blocks, compute(keys, values).split(_WIDTH, 1), strict=True):
+            rows = compute(keys, values)
+            self._known[slots] = False  # until all is there: what is broken off half-way must not count
+            for block, columns in zip(self._blocks, rows.split(_WIDTH, 1), strict=True):
                 block[slots] = columns
-            self._keys[slots], self._values[slots], self._known[slots] = keys, values, True
+            self._keys[slots], self._values[slots] = keys, values
+            self._known[slots] = True
 
-    def _stands(self, parameters: tuple[Tensor, ...]) -> bool:
-        """Whether the parameters are those that the rows were computed with."""
-        if len(self._parameters) != len(parameters):
+    def _fits(self, entries: Entries, parameters: tuple[Tensor, ...]) -> bool:
+        """Whether the table is made for such entries, and its rows with these parameters."""
+        if len(self._known) == 0 or len(self._parameters) != len(parameters):
+            return False
+        pairs = ((self._keys[:1], entries.keys[:1]), (self._values[:1], entries.values[:1]))
+        if any((a.device, a.dtype, a.shape) != (b.device, b.dtype, b.shape) for a, b in pairs):
             return False
         # By value: a change in place through ``.data`` leaves no other trace.
         pairs = zip(self._parameters, parameters, strict=True)
@@ -79,10 +85,12 @@ class Kept:
                 new[:known] = old
             return new
 
-        row = compute(entries.keys[:1], entries.values[:1]).split(_WIDTH, 1)
-        self._blocks = [larger(old, like) for old, like in zip(self._blocks or row, row, strict=True)]
-        self._keys, self._values = larger(self._keys, entries.keys), larger(self._values, entries.values)
-        self._known = larger(self._known, self._known)
+        like = compute(entries.keys[:1], entries.values[:1]).split(_WIDTH, 1)
+        blocks = [larger(old, row) for old, row in zip(self._blocks if known else like, like, strict=True)]
+        keys, values = larger(self._keys, entries.keys), larger(self._values, entries.values)
+        now_known = larger(self._known, self._known)
+        # All at once: where memory ran out, the smaller table stays whole.
+        self._blocks, self._keys, self._values, self._known = blocks, keys, values, now_known
 
     def _missing(self, entries: Entries) -> Bool[Tensor, " u"]:
         at = entries.slots.clamp(min=0)

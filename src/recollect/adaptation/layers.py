@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
+from recollect.adaptation.head import Head
+
 ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid),
     *(nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink),
@@ -21,12 +23,30 @@ class Layer(NamedTuple):
     activations: list[nn.Module]
 
 
-def flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]] | None:
+def split(head: Head, names: tuple[str, ...]) -> tuple[Head | None, list[Layer]] | None:
+    """Splits a head before the first layer that adapts.
+
+    Returns:
+        What comes before, frozen (None: nothing), and the linear layers from there on. None where there is more from
+        there on than linear layers with elementwise functions between them.
+    """
+    modules = _flatten(head.module)
+    if modules is None:
+        return None
+    adapting = [any(f"{name}.{p}".lstrip(".") in names for p, _ in m.named_parameters()) for name, m in modules]
+    start = adapting.index(True)
+    layers = _linear_layers(modules[start:], names)
+    if layers is None:
+        return None
+    return Head(nn.Sequential(*(m for _, m in modules[:start]))) if start else None, layers
+
+
+def _flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]] | None:
     """Returns the modules of a (nested) Sequential in order; None where something else may happen in between."""
     if type(module) is nn.Sequential and not _watched(module):
         parts: list[tuple[str, nn.Module]] = []
         for name, child in module._modules.items():  # named_children would skip a function used twice
-            inner = flatten(child, f"{prefix}{name}.")
+            inner = _flatten(child, f"{prefix}{name}.")
             if inner is None:
                 return None
             parts += inner
@@ -39,7 +59,7 @@ def _watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or parametrize.is_parametrized(module)
 
 
-def linear_layers(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> list[Layer] | None:
+def _linear_layers(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> list[Layer] | None:
     layers: list[Layer] = []
     seen: set[int] = set()
     for name, module in modules:

@@ -53,12 +53,14 @@ class LocalAdaptation:
         steps: The number of steps T; 0 leaves the head as it is. (Paper, Appendix B: 1, 5 or 10.)
         prior: The strength beta of the pull back to theta, from 0 to below 1. With one step it has no effect.
         parameters: Which of the head's parameters adapt: names of parameters or of submodules; all when None.
-        chunk_size: How many queries adapt at the same time; chosen to fit the cache when None. Fewer need less
-            memory; the result is the same.
+        chunk_size: How many queries adapt at the same time; chosen to fit the caches when None. Fewer need less
+            memory; the result is the same. (One step of a linear head under ``rules.sgd`` needs little, and no chunks.)
         keep_base: Whether to keep, for each slot of the memory, what the given head says of the entry in it, and to
             compute it anew only when the entry or the head has changed. For ``rules.sgd`` and linear or MLP heads.
-            The result is the same; it takes outputs x capacity numbers of memory (of an MLP, those of the first
-            adapting layer), and pays where a head has many outputs: a language model's, in one step.
+            The result is the same. It takes, for each slot up to the highest one seen and at most twice that, as many
+            numbers as the head has outputs (of an MLP, the first adapting layer) and a copy of key and value, which
+            stays after ``forget`` until the slot is seen with another entry. It pays where a head has many outputs: a
+            language model's, in one step.
 
     Raises:
         SettingError: If a setting is outside its range.
@@ -105,9 +107,10 @@ keep_base=False)
         factored = Factored.build(head, likelihood, names, rule=self.rule, keep_base=self.keep_base, **settings)
         if self.keep_base and factored is None:
             raise SettingError(
-                "keep_base=True needs rules.sgd, at least one step, and a head of linear layers with elementwise "
-                f"functions between them; here {type(self.rule).__name__}, steps={self.steps} and a "
-                f"{type(head.module).__name__}. Leave it out: the result is the same."
+                "keep_base=True needs rules.sgd, at least one step, and from the first adapting layer on nothing but "
+                "nn.Linear (not shared, without hooks or parametrizations) and functions without parameters between "
+                f"them; here {type(self.rule).__name__}, steps={self.steps}, {head.module}. Leave it out: the result "
+                "is the same."
             )
         dense = factored or Dense.build(head, likelihood, names, rule=self.rule, **settings)
         return dense or General(head, likelihood, names, rule=self.rule, **settings)

@@ -38,7 +38,9 @@ class ApproximateIndex:
     Writing costs about 0.2 ms per entry, in bursts: a quarter of ``recent`` entries at once join a graph. ``rebuild``
     (and so loading and moving a memory) joins all entries anew. Where most of a memory is forgotten, the entries
     that remain move into new graphs during later writes. The graphs hold the keys in float32 once more, and up to
-    ``1 / graphs`` as many that are no longer valid; always on the CPU, wherever the memory is.
+    ``1 / graphs`` as many that are no longer valid, forgotten ones among them until their graph is dropped or the
+    memory cleared; always on the CPU, wherever the memory is. Keys that float32 cannot tell apart (float64 keys far
+    off the origin) are hard to find in them.
 
     Args:
         graphs: Over how many graphs a full memory is spread. Fewer are larger and hold more that is outdated; with
@@ -90,6 +92,7 @@ class ApproximateIndex:
             return
         old = self._recent
         recent = _Entries(torch.cat([old.slots, slots]), torch.cat([old.times, written[slots]]))
+        self._recent = recent  # whatever happens below: an entry must be found
         if len(recent.slots) > self._most_recent:
             recent = recent.only(recent.valid(written))
             joining = max(0, len(recent.slots) - self._most_recent * 3 // 4)
@@ -244,7 +247,7 @@ class _Hits(NamedTuple):
 
     @staticmethod
     def none(queries: int, graphs: int, device: torch.device) -> "_Hits":
-        nothing = torch.empty(queries, graphs, 0, device=device)
+        nothing = torch.empty(queries, graphs, 0, dtype=torch.float32, device=device)
         return _Hits(nothing, nothing.long(), nothing.long())
 
 

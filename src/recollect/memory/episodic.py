@@ -234,7 +234,8 @@ class EpisodicMemory(nn.Module):
     ) -> Context:
         """Retrieves the nearest entries of each query.
 
-        Paper: Algorithm 1, MbPA-Test line 3. The search is exact: equally near entries come older first.
+        Paper: Algorithm 1, MbPA-Test line 3. Of equally near entries the older comes first. The search is exact unless
+        the memory has another index than ``ExactIndex``.
 
         Args:
             queries: ``(*batch, key_size)``.
@@ -314,6 +315,8 @@ class EpisodicMemory(nn.Module):
 
     def forget(self, slots: int | Int[Tensor, "..."]) -> None:
         """Removes entries at once and for good; their slots are the next to be reused.
+
+        What was derived from them may stay in RAM for a while, unused: see ``ApproximateIndex`` and ``keep_base``.
 
         Args:
             slots: One slot or a tensor of them, as ``read`` and ``write`` return them. Slots that are empty already,

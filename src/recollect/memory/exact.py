@@ -12,6 +12,7 @@ _BATCH = 256  # queries that one scan serves
 _COARSE = 96  # the smallest number of queries for which converting the keys to bfloat16 pays
 _MANY = 300  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
 _MARGIN = 16  # how many more candidates than neighbors a scan in full precision keeps at least
+_PAUSE = 20  # searches after which bfloat16 is tried again, when it proved less than half of a batch
 _SPARE = 50  # how many candidates a scan in bfloat16 keeps beside twice the neighbors
 _NEGLIGIBLE = 1 / 16  # a center whose square is this part of the keys' is none: that saves subtracting it
 _SAMPLE = 1000  # keys that tell where the center is
@@ -44,7 +45,8 @@ class ExactIndex:
         self._center = torch.empty(0)  # the smaller the norms, the tighter the bounds
         self._end = 0  # all slots from here on are empty
         self._due = 0  # after this many changes we look whether the keys have moved away from the center
-        self._coarse = False  # whether bfloat16 is worth trying; changes how fast a search is, never its result
+        self._coarse = False  # whether a scan may multiply in bfloat16
+        self._pause = 0  # so many searches do not try it; changes how fast they are, never their result
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
     def rebuild(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"]) -> None:
@@ -59,7 +61,7 @@ class ExactIndex:
         self._center /= max(1, len(occupied))
         if bool(self._center.square().sum() * len(occupied) <= _NEGLIGIBLE * squares):
             self._center.zero_()
-        self._coarse = dtype == torch.float32 and multiplies_bfloat16(keys.device)
+        self._coarse, self._pause = dtype == torch.float32 and multiplies_bfloat16(keys.device), 0
         self._norms = torch.full((len(keys),), torch.inf, dtype=dtype, device=keys.device)
         self._rounding = torch.zeros_like(self._norms) if self._coarse else self._norms
         self._end = 0
@@ -80,7 +82,6 @@ class ExactIndex:
         if len(sample) and bool(moved > 2 * _NEGLIGIBLE * sample.var(0, correction=0).sum()):
             self.rebuild(keys, written)
         self._due = max(1, len(occupied))
-        self._coarse = self._rounding is not self._norms
 
     def _derive(self, keys: Tensor, written: Tensor, slots: Tensor) -> None:
         for chunk in _chunks(slots, keys):
@@ -112,6 +113,7 @@ class ExactIndex:
         length = shifted.norm(dim=1)
         base = shifted.square().sum(1) + 2 * (shifted * self._center).sum(1)
         base -= part * length * (length + self._center.norm())
+        base -= 16 * (queries.shape[1] + 8) * torch.finfo(base.dtype).tiny  # products below it are lost altogether
         return Scan(keys, written, self._norms[: self._end] * (1 - part), shifted.mul_(-2), base, before)
 
     def _coarse_scan(self, scan: Scan) -> Scan:
@@ -129,8 +131,12 @@ class ExactIndex:
         nearest = Neighbors(queries.new_empty(shape), torch.empty(shape, dtype=torch.long, device=queries.device))
         rows = torch.arange(len(queries), device=queries.device)
         if self._coarse and len(rows) >= _COARSE and len(scan.keys) >= _MANY * neighbors:
-            rows = self._prove(self._coarse_scan(scan), queries, nearest, rows, 2 * neighbors + _SPARE)
-            self._coarse = 2 * len(rows) < len(queries)  # else these keys lie too close for it
+            if self._pause == 0:
+                rows = self._prove(self._coarse_scan(scan), queries, nearest, rows, 2 * neighbors + _SPARE)
+                if 2 * len(rows) > len(queries):  # these keys lie too close for it
+                    self._pause = _PAUSE
+            else:
+                self._pause -= 1
         if len(rows):
             rows = self._prove(scan.only(rows), queries, nearest, rows, neighbors + max(_MARGIN, neighbors // 4))
         if len(rows):
@@ -151,7 +157,7 @@ class ExactIndex:
     def _settle(self, scan: Scan, queries: Tensor, nearest: Neighbors, rows: Tensor) -> None:
         """Replaces the neighbors of the queries ``rows``, which no scan could prove, by ranking all that may be."""
         count = nearest.slots.shape[1]
-        for some in torch.arange(len(rows)).split(max(1, _SETTLED // (32 * len(scan.keys)))):
+        for some in torch.arange(len(rows), device=rows.device).split(max(1, _SETTLED // (32 * len(scan.keys)))):
             near = scan.only(some).within(nearest.distances[rows[some], -1])
             for row, slots in zip(rows[some].tolist(), near, strict=True):
                 distances = exact_distances(queries[row : row + 1], scan.keys, slots.unsqueeze(0))

@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d
 _SCORES = 4 * 2**20  # bytes of scores that one block makes: they stay in the cache while the lowest are picked
 _CONVERTED = 8 * 2**20  # bytes of keys that one block converts to another dtype
 _IMAGES = 64  # what a block of keys is cut into for a convolution
-_WIDE = 512  # for more factors than these MKL is as fast
+_WIDE = 512  # for more factors (the outputs of a head; queries come in smaller batches) MKL is as fast
 _FEW = 2**16  # scores that are sorted at once: less than the many small operations that spare it
 _TILE = 8  # the largest number of scores of which first only the smallest is looked at
 
@@ -122,7 +122,8 @@ class _Lowest:
     def __init__(self, batch: int, count: int, norms: Tensor) -> None:
         self._batch = batch
         self._count = count
-        self._limit = norms.new_full((batch,), torch.inf)
+        self._most = torch.finfo(norms.dtype).max  # infinite scores are never kept
+        self._limit = norms.new_full((batch,), self._most)
         self._scores = norms.new_full((batch, count), torch.inf)
         self._slots = torch.zeros(batch, count, dtype=torch.long, device=norms.device)
         self._found: list[tuple[Tensor, ...]] = []  # scores, rows and slots since they were last picked
@@ -138,7 +139,7 @@ class _Lowest:
         if first and tiles >= self._count:
             # As many tiles hold a score at or below this one as are wanted.
             by_query = smallest.view(tiles, self._batch).mT
-            self._limit = by_query.topk(self._count, largest=False).values[:, -1]
+            self._limit = by_query.topk(self._count, largest=False).values[:, -1].clamp(max=self._most)
         columns = (smallest.view(tiles, self._batch) <= self._limit).view(-1).nonzero().squeeze(1)
         near = whole[:, columns]
         rows = columns % self._batch
@@ -169,7 +170,7 @@ class _Lowest:
         all_scores[rows, self._count + place], all_slots[rows, self._count + place] = scores[order], slots[order]
         self._scores, kept = all_scores.topk(self._count, largest=False)
         self._slots = all_slots.gather(1, kept)
-        self._limit = self._scores[:, -1]
+        self._limit = self._scores[:, -1].clamp(max=self._most)
         self._found, self._held = [tuple(part[:0] for part in (scores, rows, slots))], 0
         return self._scores, self._slots
 
