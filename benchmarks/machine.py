@@ -70,7 +70,7 @@ class Rates:
         return Rates(read, copy, max(self.products, other.products))
 
     def floor(self, work: Work) -> float:
-        """Returns the seconds below which nobody does ``work`` on this machine, however it is written."""
+        """Returns the seconds below which nobody does ``work`` in float32 on this machine, however it is written."""
         bandwidth = self.read if work.moves == "read" else self.copy
         footprint = work.bytes if work.footprint is None else work.footprint
         # Of an array between two of the sizes we know only that it is no faster than the smaller one.

@@ -27,6 +27,7 @@ class Result(TypedDict):
     rounds: NotRequired[list[float]]
     ratio: NotRequired[float]
     peak: NotRequired[float | None]
+    queries: NotRequired[int]
     left_out: NotRequired[str]
 
 
@@ -79,6 +80,7 @@ def measure(case: Case, *, rounds: int, rates: Callable[[], Rates], device: torc
         results[name]["wall"] = statistics.median(walls)
         results[name]["cpu"] = statistics.median(seconds.cpu for seconds in taken) / queries[name]
         results[name]["rounds"] = walls
+        results[name]["queries"] = queries[name]
     return _row(case, results, before.best(rates()))
 
 

@@ -55,7 +55,7 @@ def _table(group: str, rows: list[Row]) -> str:
     heads = [group, *names, "floor", "over the floor", "memory", *extras]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [_cell(row["contenders"].get(name)) for name in names]
+        cells = [_cell(row["contenders"].get(name), row["queries"]) for name in names]
         floor = [duration(row["floor"]), f"{row['over_floor']:.3g}x"]
         label = row["label"] + (f" ({row['note']})" if row["note"] else "")
         memory = memory_size(row["contenders"][row["ours"]].get("peak"))
@@ -64,14 +64,16 @@ def _table(group: str, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(result: Result | None) -> str:
+def _cell(result: Result | None, queries: int) -> str:
     if result is None:
         return "-"
     if "wall" not in result:
         return result.get("left_out", "-")
     ratio = result.get("ratio", 1.0)
     compared = "" if ratio == 1 else f", **{ratio:.3g}x**"
-    return f"{duration(result['wall'])} ({duration(result.get('cpu', 0.0))}){compared}"
+    fewer = result.get("queries", queries)
+    of = f", {fewer} of them" if fewer < queries else ""
+    return f"{duration(result['wall'])} ({duration(result.get('cpu', 0.0))}{of}){compared}"
 
 
 def _legend(record: Record) -> str:
@@ -83,7 +85,8 @@ def _legend(record: Record) -> str:
         values = [row[key] / 1e9 for row in rows]
         rates.append(f"{min(values):.0f} to {max(values):.0f} {text}")
     return (
-        "Wall time for one query (CPU time), medians; in bold how many times as long it took as *"
+        "Wall time for one query (CPU time; *n of them*: measured with n queries only), medians; in bold how many "
+        "times as long it took as *"
         f"{rows[0]['ours']}*. *Floor*: what the bytes and products need at the rates below. *Memory*: what *"
         f"{rows[0]['ours']}* took at its peak for one query, beyond what was there before.\n\n"
         f"`{record['command']}`, {record['date']}. {what}; {', '.join(rates)}.\n"

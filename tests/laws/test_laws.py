@@ -24,6 +24,7 @@ from recollect import (
     neural_cache,
     rules,
 )
+from recollect.adaptation.dense import Dense
 from recollect.adaptation.factored import Factored
 from recollect.adaptation.general import General
 
@@ -60,6 +61,10 @@ MODELS: dict[str, Callable[[EpisodicMemory], Model]] = {
     "linear": lambda memory: mbpa(nn.Linear(KEY, CLASSES), memory, rules.sgd(0.5)),
     "mlp": lambda memory: mbpa(dropout_head(), memory, rules.sgd(0.2, momentum=0.5)),
     "frozen prefix": lambda memory: mbpa(norm_head(), memory, rules.sgd(0.5), parameters=("5",)),
+    "one step": lambda memory: mbpa(nn.Linear(KEY, CLASSES), memory, rules.sgd(0.5), steps=1),
+    "kept": lambda memory: mbpa(nn.Linear(KEY, CLASSES), memory, rules.sgd(0.5), steps=1, keep_base=True),
+    "kept mlp": lambda memory: mbpa(dropout_head(), memory, rules.sgd(0.2), keep_base=True),
+    "dense": lambda memory: mbpa(nn.Linear(KEY, CLASSES), memory, rules.adam(0.05, epsilon=1e-4)),
     "general": lambda memory: mbpa(norm_head(), memory, rules.adam(0.05, epsilon=1e-4)),
     "parametric": lambda memory: Parametric(norm_head()),
     "non-parametric": lambda memory: NonParametric(memory, classes=CLASSES, neighbors=5),
@@ -71,7 +76,7 @@ MODELS: dict[str, Callable[[EpisodicMemory], Model]] = {
         weights=(0.2, 0.5, 0.3),
     ),
 }
-ADAPTING = ["linear", "mlp", "frozen prefix", "general"]
+ADAPTING = ["linear", "mlp", "frozen prefix", "one step", "kept", "kept mlp", "dense", "general"]
 all_models = pytest.mark.parametrize("kind", MODELS)
 adapting_models = pytest.mark.parametrize("kind", ADAPTING)
 
@@ -92,7 +97,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_models_use_the_engines_they_stand_for() -> None:
     engines = [type(make(kind, remember(3))._adapter) for kind in ADAPTING]
-    assert engines == [Factored, Factored, Factored, General]
+    assert engines == [Factored] * 6 + [Dense, General]
 
 
 # Where MbPA is the head by itself
