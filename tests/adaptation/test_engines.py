@@ -448,6 +448,49 @@ def test_elementwise_rules_take_the_dense_engine_for_linear_heads(rule: rules.Ru
         assert type(LocalAdaptation(rule, steps=2).bind(Head(head), LABELS)) is engine
 
 
+def test_float16_takes_the_general_engine() -> None:
+    """Where products of ordinary keys overflow."""
+    head = nn.Linear(512, CLASSES).half()
+    assert type(LocalAdaptation(rules.sgd(1e-5), steps=1).bind(Head(head), LABELS)) is General
+
+
+def test_many_steps_in_bfloat16_do_not_drift() -> None:
+    data = case()
+    head = nn.Linear(KEY, CLASSES)
+    exact = LocalAdaptation(rules.sgd(0.3, momentum=0.9), steps=200).bind(Head(copy.deepcopy(head).double()), LABELS)
+    adapter = LocalAdaptation(rules.sgd(0.3, momentum=0.9), steps=200).bind(Head(head.bfloat16()), LABELS)
+    half = data.context._replace(keys=data.context.keys.bfloat16(), weights=data.context.weights.bfloat16())
+    with torch.no_grad():
+        expected = exact(data.queries, data.context).softmax(-1)
+        outputs = adapter(data.queries.bfloat16(), half)
+    assert float((outputs.double().softmax(-1) - expected).abs().max()) < 0.1
+
+
+class Linearly(Gaussian):
+    """A likelihood of one's own whose gradient is no new tensor: log p = v . o."""
+
+    def log_prob(self, outputs: Tensor, values: Tensor) -> Tensor:
+        return (values * outputs).sum(-1)
+
+    def gradient(self, outputs: Tensor, values: Tensor) -> Tensor:
+        return values
+
+
+@pytest.mark.parametrize("rule", [rules.sgd(0.3), rules.rmsprop(0.1, epsilon=1e-4)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_gradient_belongs_to_its_likelihood(rule: rules.Rule, steps: int) -> None:
+    head = nn.Linear(KEY, CLASSES).double()
+    memory = EpisodicMemory(8, KEY, value_shape=(CLASSES,), value_dtype=DOUBLE, key_dtype=DOUBLE)
+    memory.write(torch.randn(8, KEY, dtype=DOUBLE), torch.randn(8, CLASSES, dtype=DOUBLE))
+    queries = torch.randn(3, KEY, dtype=DOUBLE)
+    context = memory.read(queries, 4)
+    expected = general(head, rule, steps, likelihood=Linearly())(queries, context)
+    with torch.no_grad():
+        outputs = LocalAdaptation(rule, steps=steps).bind(Head(head), Linearly())(queries, context)
+    close(outputs, expected)
+    assert torch.equal(context.values, memory.read(queries, 4).values)
+
+
 def test_subclass_of_sgd_takes_the_general_engine() -> None:
     class Doubling(rules.sgd):
         def update(self, grads, state, params, loss):

@@ -57,7 +57,7 @@ CHANGES = ["write", "write many", "forget", "clear", "train", "data", "load memo
     ("make", "parameters"), [(linear, None), (linear, ("bias",)), (behind_a_projection, ("2",)), (mlp, None)]
 )
 @given(changes=st.lists(st.sampled_from(CHANGES), max_size=6), width=st.sampled_from([1, 3, 1024]))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_the_table_changes_no_prediction(make, parameters, steps: int, changes: list[str], width: int) -> None:
     g = torch.Generator().manual_seed(0)
     head = make().double()
@@ -116,20 +116,43 @@ def test_vectors_as_values_and_places_that_nothing_fills(steps: int) -> None:
         torch.testing.assert_close(model(queries, before=before), plain(queries, before=before))
 
 
-@pytest.mark.parametrize("keep_base", [False, True])
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_values_in_another_precision(head_dtype: torch.dtype, steps: int, keep_base: bool) -> None:
+def test_values_in_another_precision(head_dtype: torch.dtype, steps: int) -> None:
     memory = EpisodicMemory(6, D, value_shape=(C,), value_dtype=torch.float64)
     memory.write(torch.randn(4, D), torch.randn(4, C, dtype=torch.float64))
-    adaptation = LocalAdaptation(rules.sgd(0.3), steps=steps, keep_base=keep_base)
-    head, queries = linear().to(head_dtype), torch.randn(3, D)
-    model = MbPA(head, memory, neighbors=3, adaptation=adaptation, likelihood=Gaussian())
-    outputs = model(queries)
-    assert outputs.dtype == head_dtype
-    memory.float()  # the table must not stay behind
-    memory.write(torch.randn(1, D), torch.randn(1, C))
-    assert torch.allclose(model(memory.keys[:2]), model(memory.keys[:2]))
+    head, queries = linear(), torch.randn(3, D)
+    models = pair(copy.deepcopy(head).to(head_dtype), memory, steps=steps, likelihood=Gaussian())
+    exact = pair(head.double(), memory, steps=steps, likelihood=Gaussian())[0]
+    tolerance = 0.05 if head_dtype == torch.bfloat16 else 1e-5
+    for _ in range(2):
+        for model in models:
+            outputs = model(queries)
+            assert outputs.dtype == head_dtype
+            torch.testing.assert_close(outputs.double(), exact(queries), rtol=tolerance, atol=tolerance)
+        memory.float()  # the table must not stay behind
+        memory.write(torch.randn(1, D), torch.randn(1, C))
+
+
+def test_rows_that_were_not_finished_do_not_count() -> None:
+    """An interrupt while the rows of new entries are put in, after which the old entries come back."""
+    rows = torch.randn(2, 4)
+    old, new = (
+        Entries(torch.tensor([0]), torch.full((1, D), float(which)), torch.zeros(1), torch.zeros(1, 1))
+        for which in (0, 1)
+    )
+    table, place = Kept(), torch.zeros(1, 1, dtype=torch.long)
+    table.update(old, (), lambda keys, values: rows[:1])
+
+    class Breaks(Tensor):
+        def split(self, *args):
+            yield rows[1:]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.update(new, (), lambda keys, values: rows[1:].as_subclass(Breaks))
+    table.update(old, (), lambda keys, values: rows[:1])
+    assert torch.equal(table.rows(place)[0], rows[:1])
 
 
 def test_a_table_that_could_not_grow_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,3 +345,38 @@ def test_any_history(history: list[tuple[str, int]], seed: int, whole: bool, cap
             before = int(torch.randint(int(memory.step) + 1, (), generator=g))
             check(memory, keys[:3], min(number, len(memory)))
             check(memory, keys[:3], min(number, len(memory)), before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_write_leaves_no_entry_out_or_twice(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = memory_of(features(600, 0), 900)
+    add, calls = approximate._Graph.add, []
+
+    def interrupted(self, *arguments) -> None:
+        if when == "after":
+            add(self, *arguments)
+        calls.append(when)
+        raise KeyboardInterrupt
+
+    keys = features(60, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(approximate._Graph, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(memory, keys)
+    assert calls == [when]
+    for _ in range(3):
+        check(memory, keys[:5], 5)
+        assert memory.read(keys[:5], 1).distances.max() == 0
+        write(memory, features(40, 2))
+
+
+def test_moving_survivors_loses_none(no_scan: None) -> None:
+    """Of the newest graph, too: it must not take in its own entries before it goes."""
+    memory = memory_of(features(900, 0), 900)
+    for gone in (slice(300, 900), slice(0, 250)):
+        memory.forget(torch.arange(900)[gone])
+        alive = (memory.written >= 0).nonzero().squeeze(1)
+        for step in range(4):
+            write(memory, features(30, 3 + step))
+            nearest = memory.read(memory.keys[alive], 1)
+            assert bool((nearest.distances == 0).float().mean() > 0.95)

@@ -351,6 +351,19 @@ def test_any_scale(first_scan: str, rows, batch, size, neighbors, scales, offset
     assert same(context[3:], by_differences(memory, queries, min(neighbors, rows), None))
 
 
+def test_scores_of_what_is_hidden_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = scan._Lowest._keep
+
+    def watch(self, scores: Tensor, *places: Tensor) -> None:
+        assert bool((scores < torch.inf).all())
+        keep(self, scores, *places)
+
+    monkeypatch.setattr(scan._Lowest, "_keep", watch)
+    monkeypatch.setattr(scan, "_FEW", 0)
+    memory = filled(torch.randn(500, 4))
+    assert (memory.read(torch.zeros(3, 4), 9, before=torch.tensor([0, 5, 500])).slots >= 0).sum(1).tolist() == [0, 5, 9]
+
+
 def test_tiny_keys_find_themselves_in_a_large_batch() -> None:
     keys = torch.randn(1000, 2) * 1e-20
     assert filled(keys).read(keys[:200], 1).slots[:, 0].tolist() == list(range(200))

@@ -130,7 +130,7 @@ class Dense:
         """Runs the steps, given the outputs at the neighbors before them; returns the outputs at the query."""
         tiles = list(tiles)
         for step in range(self._steps):
-            pull = self._likelihood.gradient(outputs, values).mul_(-weights).to(outputs.dtype)
+            pull = (self._likelihood.gradient(outputs, values) * -weights).to(outputs.dtype)
             inputs = near if step < self._steps - 1 else query
             parts = []
             for i, part in enumerate(pull.split([len(tile.theta) for tile in tiles], -1)):

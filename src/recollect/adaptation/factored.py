@@ -90,7 +90,7 @@ class Factored:
         keep_base: bool,
     ) -> "Factored | None":
         """Returns the engine for ``head``, or None where the factored form would not be exact."""
-        if type(rule) is not sgd or steps == 0:
+        if type(rule) is not sgd or steps == 0 or head.dtype() == torch.float16:  # in which h . q may overflow
             return None
         parts = split(head, names)
         if parts is None:
@@ -176,7 +176,7 @@ class Factored:
         if self._prefix is not None:
             queries = self._prefix({}, queries)
         target = self._linear(queries)
-        base = self._base_rows(entries)
+        base = self._base_rows(entries, context.slots)
         chunk = self._chunk_size or self._rows(context.slots.shape[1], queries)
         for start in range(0, len(queries), chunk):
             part = slice(start, start + chunk)
@@ -184,17 +184,17 @@ class Factored:
             cross = self._reach(near, queries[part].unsqueeze(1))
             gram = self._reach(near, near) if self._steps > 1 else None
             values, weights = context.values[part], context.weights[part].unsqueeze(-1)
-            coefficients, deeper = self._descend(base(part, context.slots), gram, values, weights)
+            coefficients, deeper = self._descend(base(part), gram, values, weights)
             yield _Adapted(target[part], cross, coefficients, deeper)
 
-    def _base_rows(self, entries: Entries) -> Callable[[slice, Tensor], Float[Tensor, "b k h"]]:
-        """Returns what looks up the first layer's outputs at the neighbors of some queries, given all slots."""
+    def _base_rows(self, entries: Entries, slots: Tensor) -> Callable[[slice], Float[Tensor, "b k h"]]:
+        """Returns what looks up the first layer's outputs at the neighbors of some of the queries."""
         if self._kept is None:
             rows = self._linear(entries.keys)
-            return lambda part, slots: rows[entries.place[part]]
+            return lambda part: rows[entries.place[part]]
         kept = self._kept
         kept.update(entries, self._parameters(), lambda keys, values: self._linear(keys))
-        return lambda part, slots: kept.rows(slots[part])
+        return lambda part: kept.rows(slots[part])
 
     def _linear(self, keys: Float[Tensor, "m d"]) -> Float[Tensor, "m h"]:
         """Returns the first layer's outputs, as they are before the steps."""
@@ -226,7 +226,7 @@ class Factored:
             if step > 0 and gram is not None:
                 first = self._moved(first, base, gram, pull, coefficients)
             signals = self._forward(first, deeper)
-            pull = self._likelihood.gradient(signals[-1].value, values).mul_(weights).to(base.dtype)
+            pull = (self._likelihood.gradient(signals[-1].value, values) * weights).to(base.dtype)
             for layer, signal, source in zip(deeper[::-1], signals[:0:-1], signals[-2::-1], strict=True):
                 pull = layer.ascend(_through(signal, pull), source.value, rate, momentum, prior)
             pull = _through(signals[0], pull)

@@ -108,9 +108,9 @@ keep_base=False)
         if self.keep_base and factored is None:
             raise SettingError(
                 "keep_base=True needs rules.sgd, at least one step, and from the first adapting layer on nothing but "
-                "nn.Linear (not shared, without hooks or parametrizations) and functions without parameters between "
-                f"them; here {type(self.rule).__name__}, steps={self.steps}, {head.module}. Leave it out: the result "
-                "is the same."
+                "nn.Linear (not shared or float16, without hooks or parametrizations) and functions without parameters "
+                f"between them; here {type(self.rule).__name__}, steps={self.steps}, {head.module}. Leave it out: the "
+                "result is the same."
             )
         dense = factored or Dense.build(head, likelihood, names, rule=self.rule, **settings)
         return dense or General(head, likelihood, names, rule=self.rule, **settings)

@@ -120,14 +120,18 @@ class ApproximateIndex:
     def _clean(self, keys: Tensor, written: Tensor) -> None:
         """Drops graphs that hold nothing valid, and empties the emptiest one where most nodes are outdated."""
         valid = [graph.entries().valid(written) for graph in self._graphs]
-        counts = [int(part.sum()) for part in valid]
+        alive = {graph: int(part.sum()) for graph, part in zip(self._graphs, valid, strict=True)}
         self._unchecked = 0
-        moving = torch.empty(0, dtype=torch.long)
-        if sum(len(graph) for graph in self._graphs) > 2 * sum(counts) + self._size(keys):
-            sparsest = min(range(len(counts)), key=lambda i: counts[i] / len(self._graphs[i]))
-            moving, counts[sparsest] = self._graphs[sparsest].entries().slots[valid[sparsest]], 0
-        self._graphs = [graph for graph, count in zip(self._graphs, counts, strict=True) if count > 0]
-        self._join(keys, written, moving)
+        crowded = sum(len(graph) for graph in self._graphs) > 2 * sum(alive.values()) + self._size(keys)
+        self._graphs = [graph for graph in self._graphs if alive[graph] > 0]
+        if crowded and self._graphs:
+            sparsest = min(self._graphs, key=lambda graph: alive[graph] / len(graph))
+            rest = [graph for graph in self._graphs if graph is not sparsest]
+            # It goes when its entries have joined others: whatever happens, they must be found.
+            self._graphs = [sparsest, *rest] if rest else [sparsest, _Graph(self._size(keys), keys, self._links)]
+            entries = sparsest.entries()
+            self._join(keys, written, entries.only(entries.valid(written)).slots)
+            self._graphs.remove(sparsest)
 
     def search(
         self,
@@ -154,6 +158,7 @@ class ApproximateIndex:
         distances, slots = pad(distances, (0, missing), value=torch.inf), pad(slots, (0, missing))
         near, places = distances.topk(min(2 * neighbors + 8, distances.shape[1]), dim=1, largest=False)
         slots = slots.gather(1, places)
+        near = near.masked_fill(_seen_before(slots), torch.inf)
         exact = exact_distances(queries, keys, slots).masked_fill_(near == torch.inf, torch.inf)
         found = nearest_first(exact, slots, view.written, neighbors)
         if bool(failed.any()):
@@ -283,6 +288,12 @@ class _Graph:
         reached.masked_fill_(places < 0, torch.inf)
         slots, times = self._table[places.clamp_(min=0).to(self._table.device)].unbind(-1)
         return reached.to(self._table.device), slots, times
+
+
+def _seen_before(slots: Int[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
+    """Whether a slot stands further left in its row: an interrupted write may leave an entry in two places."""
+    ordered, order = slots.sort(dim=1, stable=True)
+    return torch.zeros_like(slots, dtype=torch.bool).scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
 
 
 def _kth(distances: Float[Tensor, "b m"], count: int) -> Float[Tensor, " b"]:

@@ -12,7 +12,7 @@ _BATCH = 256  # queries that one scan serves
 _COARSE = 96  # the smallest number of queries for which converting the keys to bfloat16 pays
 _MANY = 300  # ... and the smallest number of entries per neighbor: it takes more candidates, each of which is gathered
 _MARGIN = 16  # how many more candidates than neighbors a scan in full precision keeps at least
-_PAUSE = 20  # searches after which bfloat16 is tried again, when it proved less than half of a batch
+_PAUSE = 20  # batches after which bfloat16 is tried again, when it proved less than half of one
 _SPARE = 50  # how many candidates a scan in bfloat16 keeps beside twice the neighbors
 _NEGLIGIBLE = 1 / 16  # a center whose square is this part of the keys' is none: that saves subtracting it
 _SAMPLE = 1000  # keys that tell where the center is
@@ -46,7 +46,7 @@ class ExactIndex:
         self._end = 0  # all slots from here on are empty
         self._due = 0  # after this many changes we look whether the keys have moved away from the center
         self._coarse = False  # whether a scan may multiply in bfloat16
-        self._pause = 0  # so many searches do not try it; changes how fast they are, never their result
+        self._pause = 0  # so many batches do not try it; changes how fast they are, never their result
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
     def rebuild(self, keys: Shaped[Tensor, "n d"], written: Int[Tensor, " n"]) -> None:
