@@ -37,9 +37,9 @@ class Setting:
 
     @property
     def cdist(self) -> bool:
-        """Whether to measure ``torch.cdist``, which needs up to a hundred times the floor in large memories."""
+        """Whether to measure ``torch.cdist``: for large memories it needs a hundred times the floor, and a copy."""
         small = 5_000 if self.batch > 32 else 200_000
-        return self.neighbors == 50 and (self.slots <= small or self.batch == 1)
+        return self.neighbors == 50 and (self.slots <= small or (self.batch == 1 and self.size <= 784))
 
 
 def _grid(full: bool) -> list[Setting]:

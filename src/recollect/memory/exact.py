@@ -156,13 +156,15 @@ class ExactIndex:
 
     def _settle(self, scan: Scan, queries: Tensor, nearest: Neighbors, rows: Tensor) -> None:
         """Replaces the neighbors of the queries ``rows``, which no scan could prove, by ranking all that may be."""
-        count = nearest.slots.shape[1]
-        for some in torch.arange(len(rows), device=rows.device).split(max(1, _SETTLED // (32 * len(scan.keys)))):
-            near = scan.only(some).within(nearest.distances[rows[some], -1])
-            for row, slots in zip(rows[some].tolist(), near, strict=True):
-                distances = exact_distances(queries[row : row + 1], scan.keys, slots.unsqueeze(0))
-                proven = nearest_first(distances, slots.unsqueeze(0), scan.written, count)
-                nearest.distances[row], nearest.slots[row] = proven.distances[0], proven.slots[0]
+        near = scan.within(nearest.distances[rows, -1], _SETTLED // 32)
+        if near is None:
+            for half in torch.arange(len(rows), device=rows.device).chunk(2):
+                self._settle(scan.only(half), queries, nearest, rows[half])
+            return
+        for row, slots in zip(rows.tolist(), near, strict=True):
+            distances = exact_distances(queries[row : row + 1], scan.keys, slots.unsqueeze(0))
+            proven = nearest_first(distances, slots.unsqueeze(0), scan.written, nearest.slots.shape[1])
+            nearest.distances[row], nearest.slots[row] = proven.distances[0], proven.slots[0]
 
 
 def _chunks(slots: Tensor, keys: Tensor) -> tuple[Tensor, ...]:

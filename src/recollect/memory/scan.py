@@ -101,13 +101,19 @@ class Scan(NamedTuple):
             score = score - 2 * _HALF * (score.clamp(min=0) - smallest)
         return score + self.base
 
-    def within(self, radius: Float[Tensor, " b"]) -> tuple[Int[Tensor, " m"], ...]:
-        """Returns, for each query, the slots whose distance may be ``radius`` or less; not for a coarse scan."""
+    def within(self, radius: Float[Tensor, " b"], most: int) -> tuple[Int[Tensor, " m"], ...] | None:
+        """Returns, for each query, the slots whose distance may be ``radius`` or less; not for a coarse scan.
+
+        None if those of several queries are more than ``most`` in all.
+        """
         found = [torch.empty(0, 2, dtype=torch.long, device=self.keys.device)]
-        limit = radius - self.base
+        limit, count = radius - self.base, 0
         for start, scores in self.blocks():
             found.append((scores <= limit).nonzero())
             found[-1][:, 0] += start
+            count += len(found[-1])
+            if count > most and len(radius) > 1:
+                return None
         slots, rows = torch.cat(found).unbind(1)
         return slots[rows.argsort(stable=True)].split(rows.bincount(minlength=len(radius)).tolist())
 
