@@ -10,7 +10,7 @@ from oracles import algorithm1
 from torch import Tensor, nn
 
 from recollect import Categorical, EpisodicMemory, Gaussian, rules
-from recollect.adaptation import Head, dense
+from recollect.adaptation import Head, dense, entries
 from recollect.adaptation.dense import Dense
 from recollect.adaptation.general import General
 from recollect.likelihoods import Likelihood
@@ -116,7 +116,7 @@ def test_dense_is_general(
     assert engine is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "_BUDGET", room(classes, width, dtype))
-        patch.setattr(dense, "SHARED", shared)
+        patch.setattr(entries, "_SHARED", shared)
         actual = engine(rows.clone(), context)
     tolerance = 1e-10 if dtype == DOUBLE else 1e-4
     torch.testing.assert_close(actual, general(rows.clone(), context), rtol=tolerance, atol=tolerance)

@@ -307,7 +307,10 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
         ApproximateIndex()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Graphs lie on the CPU and keys on the GPU: without one there is no second device, so nothing can stand in for it.
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: the keys must lie on another device than the graphs"
+)
 def test_keys_on_a_gpu(no_scan: None) -> None:
     memory = memory_of(features(1500, 1), 1000).cuda()
     write(memory.cpu(), features(40, 3))

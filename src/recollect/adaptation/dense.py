@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recollect.adaptation.entries import SHARED, distinct
+from recollect.adaptation.entries import distinct, groups
 from recollect.adaptation.head import Head
 from recollect.adaptation.layers import Layer, split
 from recollect.adaptation.rules import Rule, adam, rmsprop
@@ -69,13 +69,8 @@ class Dense:
 
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
         """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
-        weight = self._layer.linear.weight
-        size = max(1, SHARED // (context.slots.shape[1] * len(weight) * weight.element_size()))
-        parts = []
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            parts += self._group(queries[part], Context(*(field[part] for field in context)))
-        return torch.cat(parts)
+        parts = groups(queries, context, self._layer.linear.out_features)
+        return torch.cat([outputs for part in parts for outputs in self._group(*part)])
 
     def _group(self, queries: Tensor, context: Context) -> list[Float[Tensor, "_ c"]]:
         """Adapts queries whose entries in common pass through the prefix and the given layer only once."""

@@ -1,6 +1,6 @@
 """The memory entries that a batch of queries has found, each of them once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.memory import Context
 
-SHARED = 32 * 2**20  # bytes of the given head's outputs at entries that queries have in common, computed once for them
+_SHARED = 32 * 2**20  # bytes of the given head's outputs at entries that queries have in common, computed once for them
 _TILE = 8 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
 _FEWEST = 128  # rows to make at once at least: each time the head's weights have to be read
 
@@ -29,6 +29,20 @@ def distinct(context: Context) -> Entries:
     some = place.new_empty(len(slots)).scatter_(0, place.view(-1), torch.arange(place.numel(), device=place.device))
     keys, values = (part.flatten(0, 1).index_select(0, some) for part in (context.keys, context.values))
     return Entries(slots, keys, values, place)
+
+
+def groups(queries: Float[Tensor, "b d"], context: Context, outputs: int) -> Iterator[tuple[Tensor, Context]]:
+    """Splits a batch so that the outputs at the entries of a group, each computed once, stay few enough.
+
+    Args:
+        queries: The batch.
+        context: Its neighbors.
+        outputs: How many numbers are computed for an entry.
+    """
+    size = max(1, _SHARED // (context.slots.shape[1] * outputs * queries.element_size()))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        yield queries[part], Context(*(field[part] for field in context))
 
 
 def add_weighted_rows(

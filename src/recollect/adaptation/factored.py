@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from recollect.adaptation.entries import SHARED, Entries, add_weighted_rows, distinct
+from recollect.adaptation.entries import Entries, add_weighted_rows, distinct, groups
 from recollect.adaptation.head import Head
 from recollect.adaptation.kept import Kept
 from recollect.adaptation.layers import Layer, split
@@ -164,11 +164,8 @@ class Factored:
 
     def _chunks(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts a chunk of queries at a time."""
-        count, first = context.slots.shape[1], self._first.linear
-        group = max(1, SHARED // (count * first.out_features * queries.element_size()))
-        for start in range(0, len(queries), group):
-            part = slice(start, start + group)
-            yield from self._group(queries[part], Context(*(field[part] for field in context)))
+        for group in groups(queries, context, self._first.linear.out_features):
+            yield from self._group(*group)
 
     def _group(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts the queries of a group, of which the entries in common pass through the first layer only once."""
