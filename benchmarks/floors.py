@@ -23,11 +23,6 @@ def search(slots: int, size: int, batch: int) -> Work:
     return Work(batch * slots * size, FLOAT * slots * size)
 
 
-def gather(size: int, batch: int, neighbors: int) -> Work:
-    """Reading the neighbors' keys from all over the memory."""
-    return Work(0, FLOAT * batch * neighbors * size)
-
-
 def write(rows: int, size: int, *, ring: int) -> Work:
     """Storing rows in a ring of ``ring`` slots: each is read once and written once."""
     return Work(0, 2 * FLOAT * rows * size, moves="copy", footprint=FLOAT * ring * size)
