@@ -33,7 +33,7 @@ lint: environment ## ruff and pyright
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m pyright
 
-bench: environment ## what each part costs beside what others do, in about six minutes
+bench: environment ## what each part costs beside what others do, in about seven minutes
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 environment: $(STAMP) ## make .venv, or bring it up to date

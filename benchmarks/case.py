@@ -39,6 +39,7 @@ class Case:
         work: The least that a call of ours must do.
         queries: How many queries (or rows written) one call answers; times are reported for one of them.
         fewer: The same for contenders that answer another number, because they are slow.
+        left_out: Contenders that cannot be measured here, and in few words why.
         check: Raises where the contenders' outputs differ. It is called once, before anything is measured.
         derived: Makes more columns from the median wall time of one query of each contender, in seconds.
         note: What to know about the row.
@@ -52,6 +53,7 @@ class Case:
     work: Work
     queries: int
     fewer: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], None] | None = None
     derived: Callable[[Mapping[str, float]], Mapping[str, str]] | None = None
     note: str = ""

@@ -7,6 +7,7 @@ selection of the nearest count nothing. Numbers are float32, of 4 bytes.
 """
 
 import itertools
+import math
 
 from benchmarks.case import Work
 
@@ -108,3 +109,36 @@ def convolution(
     """
     arithmetic = positions * weights * (2 * neighbors * steps + 1) + hidden * classes * (3 * neighbors * steps + 1)
     return Work(batch * arithmetic, FLOAT * (weights + hidden * classes))
+
+
+def epoch(sizes: tuple[int, ...], examples: int, *, batch: int) -> Work:
+    """Training an MLP for one epoch, with one importance and one anchor for each weight.
+
+    For each example the outputs and the gradients of the weights, and the gradients at the inputs of all layers but the
+    first. In each step weights, importances and anchors are read and weights written; each example is read once.
+    """
+    first, *later = _weights(sizes)
+    weights = first + sum(later)
+    moved = math.ceil(examples / batch) * 4 * weights + examples * sizes[0]
+    return Work(examples * (2 * weights + sum(later)), FLOAT * moved, footprint=FLOAT * 3 * weights)
+
+
+def importances(sizes: tuple[int, ...], examples: int, *, directions: int) -> Work:
+    """How much each weight of an MLP matters: a power of its gradient, summed over examples and directions.
+
+    For each example the outputs, for each direction the gradients at the layers' outputs, which go through all layers
+    but the first, and for all directions together one product of powers, as large as the outputs'.
+    """
+    first, *later = _weights(sizes)
+    each = 2 * (first + sum(later)) + directions * sum(later)
+    return Work(examples * each, FLOAT * examples * sizes[0])
+
+
+def _weights(sizes: tuple[int, ...]) -> list[int]:
+    return [inputs * outputs for inputs, outputs in itertools.pairwise(sizes)]
+
+
+def sample(rows: int, size: int, *, capacity: int) -> Work:
+    """Keeping a uniform sample of a stream: all rows until it is full, later a row with the chance capacity / seen."""
+    stored = capacity * (1 + math.log(rows / capacity))
+    return Work(0, 2 * FLOAT * stored * size, moves="copy", footprint=FLOAT * capacity * size)

@@ -1,5 +1,6 @@
 """The machine: what it is, and how fast it moves bytes and multiplies matrices with the threads that are measured."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -36,6 +37,8 @@ def describe(device: torch.device) -> dict[str, str | int]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # only where it takes part
+        versions["avalanche-lib"] = importlib.metadata.version("avalanche-lib")
     accelerator = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     cores, threads = threads_available(), torch.get_num_threads()

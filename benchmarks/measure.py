@@ -166,7 +166,10 @@ def _row(case: Case, results: dict[str, Result], rates: Rates) -> Row:
         "label": case.label,
         "ours": case.ours,
         "queries": case.queries,
-        "contenders": {name: results[name] for name in case.contenders},
+        "contenders": {
+            **{name: results[name] for name in case.contenders},
+            **{name: {"left_out": why} for name, why in case.left_out.items()},
+        },
         "floor": floor,
         "over_floor": walls[case.ours] / floor if floor else math.inf,
         "read_rate": rates.read[max(rates.read)],

@@ -78,6 +78,7 @@ def _cell(result: Result | None, queries: int) -> str:
 
 def _legend(record: Record) -> str:
     machine, rows = record["machine"], record["rows"]
+    ours = " or ".join(f"*{name}*" for name in dict.fromkeys(row["ours"] for row in rows))
     what = ", ".join(f"{name} {value}" if name != "cpu" else str(value) for name, value in machine.items())
     rates = []
     texts = {"read_rate": "GB/s read", "copy_rate": "GB/s copied (read and written)", "products_rate": "Gflop/s"}
@@ -86,9 +87,9 @@ def _legend(record: Record) -> str:
         rates.append(f"{min(values):.0f} to {max(values):.0f} {text}")
     return (
         "Wall time for one query (CPU time; *n of them*: measured with n queries only), medians; in bold how many "
-        "times as long it took as *"
-        f"{rows[0]['ours']}*. *Floor*: what the bytes and products need at the rates below. *Memory*: what *"
-        f"{rows[0]['ours']}* took at its peak for one query, beyond what was there before.\n\n"
+        "times as long it took as "
+        f"{ours}. *Floor*: what the bytes and products need at the rates below. *Memory*: what "
+        f"{ours} took at its peak for one query, beyond what was there before.\n\n"
         f"`{record['command']}`, {record['date']}. {what}; {', '.join(rates)}.\n"
     )
 

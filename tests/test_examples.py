@@ -53,6 +53,15 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_learning_in_sequence_forgets_least_with_a_memory(tmp_path: Path) -> None:
+    lines = output("learn_in_sequence.py", tmp_path).splitlines()[2:]
+    rows = {line.split()[0]: accuracies(line) for line in lines}  # accuracy, forgetting; the same with a memory
+    assert rows.keys() == {"nothing", "EWC", "MAS", "replay"}
+    assert all(rows[name][0] > rows["nothing"][0] for name in ("EWC", "MAS", "replay"))
+    assert all(row[2] > row[0] + 1 for row in rows.values())
+    assert all(row[3] < row[1] for row in rows.values())
+
+
 def test_every_example_is_short_and_tested() -> None:
     tested = set(re.findall(r"output\(\"(\w+\.py)\"", Path(__file__).read_text()))
     scripts = {path.name: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}

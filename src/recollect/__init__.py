@@ -1,5 +1,6 @@
 """recollect: an episodic memory for PyTorch networks."""
 
+from recollect import continual
 from recollect.adaptation import LocalAdaptation, rules
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
@@ -23,6 +24,7 @@ __all__ = [
     "Mixture",
     "NonParametric",
     "Parametric",
+    "continual",
     "dot_product",
     "gaussian",
     "inverse_distance",

@@ -27,8 +27,9 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = (
     Experiment("figure2", "regression: what adapting the network to the neighbors does", "figure2", "Figure2"),
-    Experiment("figure3", "permuted MNIST: 20 tasks in sequence, a small memory", "figure3", "Figure3"),
+    Experiment("figure3", "permuted MNIST: 20 tasks in sequence, MbPA, EWC, MAS, replay", "figure3", "Figure3"),
     Experiment("figure3-tuning", "the grid behind figure3's settings", "figure3_tuning", "Figure3Tuning"),
+    Experiment("continual", "EWC, MAS, SI, LwF, GEM and replay beside MbPA, on five streams", "continual", "Continual"),
 )
 
 _USAGE = """recollect: episodic memory for PyTorch networks

@@ -81,6 +81,16 @@ def require_number(name: str, value: Any, *, low: float | None = None, above: fl
         raise SettingError(f"{name} must be a finite number{limit}, got {value!r}.")
 
 
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses an argument that is not one of the words it may be.
+
+    Raises:
+        SettingError: If it is not.
+    """
+    if value not in choices:
+        raise SettingError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
 def require_tensor(name: str, value: object) -> None:
     """Refuses lists, arrays and numbers where a tensor is needed.
 

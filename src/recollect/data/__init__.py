@@ -2,6 +2,6 @@
 
 from recollect.data.datasets import Dataset, digits, mnist
 from recollect.data.fetch import data_folder, fetch
-from recollect.data.streams import Task, permuted
+from recollect.data.streams import Scenario, Task, permuted, rotated, split
 
-__all__ = ["Dataset", "Task", "data_folder", "digits", "fetch", "mnist", "permuted"]
+__all__ = ["Dataset", "Scenario", "Task", "data_folder", "digits", "fetch", "mnist", "permuted", "rotated", "split"]

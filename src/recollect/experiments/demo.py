@@ -1,13 +1,15 @@
 """``recollect demo``: ten permutations of real digits in sequence, and a network that does not forget them."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from recollect.data import Dataset, digits, permuted
+from recollect.data import Dataset, Task, digits, permuted
 from recollect.experiments import permuted as shared
+from recollect.experiments.permuted_report import report
 from recollect.experiments.runner import Progress, Run
 
 _SETTINGS = shared.Settings(
@@ -52,12 +54,15 @@ def run(config: Demo) -> str:
     """
     train, test = split(digits(), config.seed)
     record = Run(config.out, {**dataclasses.asdict(_SETTINGS), "seed": config.seed})
-    generator = torch.Generator().manual_seed(10_000 + config.seed)
-    tasks = permuted(train, test, tasks=_SETTINGS.tasks, generator=generator)
+
+    def tasks() -> Iterator[Task]:
+        generator = torch.Generator().manual_seed(10_000 + config.seed)
+        return permuted(train, test, tasks=_SETTINGS.tasks, generator=generator)
+
     with Progress(shared.work(_SETTINGS), "ten tasks") as progress:
         shared.run_seed(record, _SETTINGS, config.seed, tasks, progress)
     title = "Permuted digits: mean test accuracy over the tasks seen so far"
-    return shared.report(record, [config.seed], _SETTINGS, title, {})
+    return report(record, [config.seed], _SETTINGS, title, {})
 
 
 def split(full: Dataset, seed: int) -> tuple[Dataset, Dataset]:

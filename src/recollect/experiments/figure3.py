@@ -1,22 +1,33 @@
-"""Figure 3, left: 20 permutations of MNIST in sequence, one network, a small memory."""
+"""Figure 3: 20 permutations of MNIST in sequence, one network, a small memory, and what combines with it."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from recollect.data import Dataset, mnist, permuted
+from recollect.data import Dataset, Task, mnist, permuted
 from recollect.errors import SettingError
 from recollect.experiments import permuted as shared
+from recollect.experiments.permuted_report import report
 from recollect.experiments.runner import Progress, Run
 
 # Figure 3, left, after 20 tasks, read off the figure: the paper has no table.
-PAPER = {"mlp": 46.1, "mbpa-100": 63.5, "mbpa-250": 70.6, "mbpa-1000": 81.7}
+PAPER = {"mlp": 46.1, "ewc": 62.3, "mbpa-100": 63.5, "mbpa-250": 70.6, "mbpa-1000": 81.7}
 
 _SCALES: dict[str, dict[str, Any]] = {
-    "smoke": {"tasks": 3, "examples": 1000, "memory": (50, 100), "bandwidth": (2.5,), "final": 100, "point": 100},
+    "smoke": {
+        "tasks": 3,
+        "examples": 1000,
+        "memory": (50, 100),
+        "bandwidth": (2.5,),
+        "final": 100,
+        "point": 100,
+        "combined": (50,),
+        "combined_final": 100,
+    },
     "small": {
         "tasks": 10,
         "examples": 10_000,
@@ -24,6 +35,8 @@ _SCALES: dict[str, dict[str, Any]] = {
         "bandwidth": (2.5, 1.5),
         "final": 500,
         "point": 1000,
+        "combined": (100, 1000),
+        "combined_final": 500,
     },
     "paper": {
         "tasks": 20,
@@ -32,6 +45,8 @@ _SCALES: dict[str, dict[str, Any]] = {
         "bandwidth": (2.5, 2.5, 1.5),
         "final": 10_000,
         "point": 1000,
+        "combined": (100, 1000),
+        "combined_final": 1000,
     },
 }
 
@@ -81,6 +96,16 @@ class Figure3:
     """The step size of the control, which adapts to memories drawn at random."""
     random_steps: int = 5
     """The number of steps of the control."""
+    ewc: float | None = 3.0
+    """The strength of EWC, chosen on validation images by the experiment continual; None: without EWC."""
+    mas: float | None = 0.01
+    """The strength of MAS, chosen likewise; None: without MAS."""
+    replay: bool = True
+    """Whether networks also replay what each memory holds."""
+    combined: tuple[int, ...] | None = None
+    """Which memories MbPA reads beside a network with EWC, MAS or replay. By scale where not given."""
+    combined_final: int | None = None
+    """Test images of each task at the last point of those. By scale where not given."""
 
     def settings(self) -> shared.Settings:
         """Returns what determines the results of one seed, with the scale's values filled in.
@@ -117,10 +142,13 @@ def run(config: Figure3) -> str:
     record = Run(config.out, dataclasses.asdict(settings))
     with Progress(config.seeds * shared.work(settings), "figure 3") as progress:
         for seed in range(config.seeds):
-            generator = torch.Generator().manual_seed(10_000 + seed)
-            tasks = permuted(train, test, tasks=settings.tasks, examples=settings.examples, generator=generator)
+
+            def tasks(seed: int = seed) -> Iterator[Task]:
+                generator = torch.Generator().manual_seed(10_000 + seed)
+                return permuted(train, test, tasks=settings.tasks, examples=settings.examples, generator=generator)
+
             shared.run_seed(record, settings, seed, tasks, progress)
     title = "Permuted MNIST: mean test accuracy over the tasks seen so far"
     protocol = ("tasks", "examples", "final")
     paper = PAPER if all(getattr(settings, name) == _SCALES["paper"][name] for name in protocol) else {}
-    return shared.report(record, list(range(config.seeds)), settings, title, paper)
+    return report(record, list(range(config.seeds)), settings, title, paper)

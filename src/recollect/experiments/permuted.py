@@ -5,28 +5,31 @@ keys are pixels, and the whole network is the head that adapts.
 """
 
 import dataclasses
-import json
-import os
-import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, NonParametric, Parametric, dot_product, gaussian, rules
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    NonParametric,
+    Parametric,
+    continual,
+    dot_product,
+    gaussian,
+    rules,
+)
+from recollect import checkpoint as checkpoints
 from recollect.data import Dataset, Task
 from recollect.errors import FormatError, SettingError
-from recollect.experiments import plots
 from recollect.experiments.runner import Progress, Run
 from recollect.memory.index import Neighbors, exact_distances
 from recollect.models import mlp
 from recollect.predictors import Predictor
-
-_COST = {"mlp": 0.0, "vote": 0.2, "mbpa": 1.0, "random": 0.9}  # time of a query, in adapted queries
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,25 @@ class Settings:
     vote_bandwidth: tuple[float, ...]
     random_rate: float
     random_steps: int
+    ewc: float | None = None  # strengths of the companions; None: without it
+    mas: float | None = None
+    replay: bool = False
+    combined: tuple[int, ...] = ()  # which memories MbPA reads beside the companions' networks
+    combined_final: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(v > 0 for v in values):
+            required = name != "combined" and value is not None and not isinstance(value, bool)
+            if required and (not values or not all(v > 0 for v in values)):
                 raise SettingError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
         if list(self.memory) != sorted(set(self.memory)) or self.memory[-1] > self.examples:
             raise SettingError(
                 f"--memory must list rising sizes of at most {self.examples} (the examples of a task), "
                 f"got {self.memory}."
             )
+        if not set(self.combined) <= set(self.memory):
+            raise SettingError(f"--combined must be some of the memory sizes {self.memory}, got {self.combined}.")
         for name in ("bandwidth", "vote_bandwidth"):
             if len(getattr(self, name)) not in {1, len(self.memory)}:
                 raise SettingError(
@@ -68,98 +79,124 @@ class Settings:
                     f"sizes, got {getattr(self, name)}."
                 )
 
+    def companions(self) -> list[str]:
+        """Returns what the networks learn with: nothing, then each companion."""
+        replays = [f"replay-{size}" for size in self.memory] if self.replay else []
+        return ["alone", *(name for name in ("ewc", "mas") if getattr(self, name) is not None), *replays]
+
+    def curves(self, companion: str) -> list[str]:
+        """Returns the names of the curves that one companion's network gives."""
+        if companion == "alone":
+            pairs = [f"{kind}-{size}" for size in self.memory for kind in ("vote", "mbpa")]
+            return ["mlp", *pairs, f"random-{self.memory[-1]}"]
+        kind, _, size = companion.partition("-")
+        sizes = [kept for kept in self.combined if not size or str(kept) == size]
+        return [companion, *(f"mbpa+{kind}-{kept}" for kept in sizes)]
+
+    def images(self, curve: str, number: int) -> int:
+        """Returns how many test images of each task count for a curve's point after ``number`` tasks."""
+        final = min(self.final, self.combined_final) if "+" in curve else self.final
+        return final if number == self.tasks else max(1, min(self.point // number, self.final))
+
 
 class Learner:
-    """The network, its optimizer and the memories of one seed, with a checkpoint after each task.
+    """The network and the memories of one seed and one companion, with a checkpoint after each task.
 
     Args:
         settings: The settings.
         seed: Determines the initial weights and the order of the examples.
         inputs: The number of pixels.
-        checkpoint: Where the network lies between tasks; training goes on from there. None keeps nothing.
+        checkpoint: Where all lies between tasks; training goes on from there. None keeps nothing.
+        companion: What the network learns with, one of ``settings.companions()``.
     """
 
-    def __init__(self, settings: Settings, seed: int, inputs: int, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self, settings: Settings, seed: int, inputs: int, checkpoint: Path | None = None, companion: str = "alone"
+    ) -> None:
         self._settings = settings
         self._seed = seed
         self._checkpoint = checkpoint
-        generator = torch.Generator().manual_seed(seed)
-        self.network = mlp(inputs, settings.hidden, settings.hidden, 10, generator=generator)
-        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
+        self._companion = companion
+        self._order = torch.Generator().manual_seed(seed)  # seeded anew for each task
+        self.network = mlp(inputs, settings.hidden, settings.hidden, 10, generator=self._order)
         self.memories = {size: EpisodicMemory(size * settings.tasks, inputs) for size in settings.memory}
         self.draws = torch.Generator()  # of the control; seeded anew for each result, so that a resumed run is the same
-        self.trained = 0
-        if checkpoint is not None and checkpoint.exists():
-            self._restore(checkpoint)
+        self._learner = self._with_companion()
+        saved = None if checkpoint is None else checkpoints.read(checkpoint, run=self._run())
+        if saved is not None:
+            self._learner.load_state_dict(saved["learner"])
+            for size, memory in self.memories.items():
+                memory.load_state_dict(saved["memories"][size])
+
+    def _with_companion(self) -> continual.Learner:
+        s, kind = self._settings, self._companion.partition("-")[0]
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=s.learning_rate)
+        penalty, replay = None, None
+        if kind == "ewc":
+            penalty = continual.EWC(self.network, s.ewc or 0.0)
+        elif kind == "mas":
+            penalty = continual.MAS(self.network, s.mas or 0.0)
+        elif kind == "replay":
+            replay = continual.Ring(self.memories[int(self._companion.partition("-")[2])], generator=self._order)
+        return continual.Learner(
+            self.network,
+            optimizer,
+            penalty=penalty,
+            replay=replay,
+            keep=0,  # the memories are written to here, so that they hold the same for every companion
+            epochs=s.epochs,
+            batch=s.batch,
+            generator=self._order,
+        )
+
+    @property
+    def trained(self) -> int:
+        """How many tasks the network has learned."""
+        return self._learner.learned
 
     def learn(self, number: int, train: Dataset) -> None:
-        """Trains on task ``number`` (unless the checkpoint has) and appends its first examples to the memories."""
-        for size, memory in self.memories.items():
-            memory.write(train.inputs[:size], train.labels[:size])
+        """Appends the first examples of task ``number`` to the memories and trains on it, unless that is done."""
         if number <= self.trained:
             return
-        order = torch.Generator().manual_seed(1000 * (self._seed + 1) + number)
-        for _ in range(self._settings.epochs):
-            for batch in train.batches(self._settings.batch, generator=order):
-                self._optimizer.zero_grad()
-                nn.functional.cross_entropy(self.network(batch.inputs), batch.labels).backward()
-                self._optimizer.step()
-        self.trained = number
+        for size, memory in self.memories.items():
+            memory.write(train.inputs[:size], train.labels[:size])
+        self._order.manual_seed(1000 * (self._seed + 1) + number)
+        self._learner.learn(train)
         if self._checkpoint is not None:
-            self._save(self._checkpoint)
+            memories = {size: memory.state_dict() for size, memory in self.memories.items()}
+            state = {"learner": self._learner.state_dict(), "memories": memories}
+            checkpoints.write(self._checkpoint, state, run=self._run())
 
-    def _save(self, path: Path) -> None:
-        tensors = {f"network.{name}": p.detach() for name, p in self.network.named_parameters()}
-        for index, moments in self._optimizer.state_dict()["state"].items():
-            tensors.update({f"adam.{index}.{name}": value for name, value in moments.items()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(save({**tensors, "trained": torch.tensor(self.trained)}, {"run": self._run()}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    def _run(self) -> str:
-        """Returns what a network must have in common with this run, as text."""
-        return json.dumps({"seed": self._seed, **dataclasses.asdict(self._settings)}, sort_keys=True)
-
-    def _restore(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                run = (file.metadata() or {}).get("run")
-            tensors = load_file(path)
-            self.network.load_state_dict({n: tensors[f"network.{n}"] for n, _ in self.network.named_parameters()})
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                kind, *place = name.split(".")
-                if kind == "adam":
-                    state.setdefault(int(place[0]), {})[place[1]] = value
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.trained = int(tensors["trained"])
-        except Exception as error:
-            raise FormatError(f"{path} is no checkpoint ({error}). Delete it to train anew.") from error
-        if run != self._run():
-            raise FormatError(
-                f"{path} is a network of other settings. Delete it to train anew, or choose another --out."
-            )
+    def _run(self) -> dict[str, object]:
+        """Returns what a network must have in common with this run."""
+        return {"seed": self._seed, "companion": self._companion, **dataclasses.asdict(self._settings)}
 
     def predictors(self) -> Iterator[tuple[str, Predictor]]:
         """Yields the curves' names and predictors, sharing the network and the memories."""
+        for name in self._settings.curves(self._companion):
+            kind, _, size = name.partition("-")
+            if kind == "vote":
+                yield name, self._vote(int(size))
+            elif kind.startswith("mbpa"):
+                yield name, self._mbpa(int(size))
+            elif kind == "random":
+                yield name, self._random(self.memories[int(size)])
+            else:
+                yield name, Parametric(self.network)
+
+    def _vote(self, size: int) -> NonParametric:
+        kernel = gaussian(self._by_size(self._settings.vote_bandwidth, size))
+        neighbors = self._settings.vote_neighbors
+        return NonParametric(self.memories[size], classes=10, neighbors=neighbors, kernel=kernel)
+
+    def _mbpa(self, size: int) -> MbPA:
         s = self._settings
-        yield "mlp", Parametric(self.network)
-        for place, (size, memory) in enumerate(self.memories.items()):
-            vote = gaussian(s.vote_bandwidth[min(place, len(s.vote_bandwidth) - 1)])
-            yield f"vote-{size}", NonParametric(memory, classes=10, neighbors=s.vote_neighbors, kernel=vote)
-            adaptation = LocalAdaptation(rules.sgd(s.rate), steps=s.steps)
-            kernel = gaussian(s.bandwidth[min(place, len(s.bandwidth) - 1)])
-            yield (
-                f"mbpa-{size}",
-                MbPA(self.network, memory, neighbors=s.neighbors, adaptation=adaptation, kernel=kernel),
-            )
-        size, memory = list(self.memories.items())[-1]
-        yield f"random-{size}", self._random(memory)
+        adaptation = LocalAdaptation(rules.sgd(s.rate), steps=s.steps)
+        kernel = gaussian(self._by_size(s.bandwidth, size))
+        return MbPA(self.network, self.memories[size], neighbors=s.neighbors, adaptation=adaptation, kernel=kernel)
+
+    def _by_size(self, widths: tuple[float, ...], size: int) -> float:
+        return widths[min(self._settings.memory.index(size), len(widths) - 1)]
 
     def _random(self, memory: EpisodicMemory) -> MbPA:
         """Returns the paper's control: as many steps on memories drawn at random, all weighted alike."""
@@ -193,41 +230,63 @@ class RandomIndex:
 
 def work(settings: Settings) -> float:
     """Returns the amount of work of one seed, for the display of the time left."""
-    queries = settings.tasks * settings.final + (settings.tasks - 1) * settings.point
-    return queries * (len(settings.memory) * (_COST["mbpa"] + _COST["vote"]) + _COST["random"])
+    return sum(_work(settings, companion) for companion in settings.companions())
 
 
-def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], progress: Progress) -> None:
+def _work(settings: Settings, companion: str) -> float:
+    numbers = range(1, settings.tasks + 1)
+    names = settings.curves(companion)
+    return sum(_cost(name) * n * settings.images(name, n) for name in names for n in numbers)
+
+
+def _cost(curve: str) -> float:
+    """Returns the time of a query, in adapted queries."""
+    return {"vote": 0.2, "mbpa": 1.0, "random": 0.9}.get(curve.partition("-")[0].partition("+")[0], 0.0)
+
+
+def run_seed(run: Run, settings: Settings, seed: int, tasks: Callable[[], Iterator[Task]], progress: Progress) -> None:
     """Trains on the tasks in sequence and records the accuracy of every curve on every task seen so far.
 
     After the last task all of ``final`` test images count, before that ``point`` images, spread evenly over the tasks
     seen so far: for each task the first of its own fixed random order.
+
+    Args:
+        run: Where results are recorded; what it holds is not measured again.
+        settings: The settings.
+        seed: The seed.
+        tasks: Begins the stream anew, for each companion.
+        progress: Where work done is counted.
     """
-    curves = 2 * len(settings.memory) + 2
-    if sum(row.get("seed") == seed for row in run.rows) == curves * settings.tasks * (settings.tasks + 1) // 2:
-        progress.skip(work(settings))  # nothing is missing: the networks need not be trained again
-        return
-    checkpoint = run.folder / "checkpoints" / f"seed-{seed}.safetensors"
+    for companion in settings.companions():
+        names = set(settings.curves(companion))
+        known = sum(row.get("seed") == seed and row.get("curve") in names for row in run.rows)
+        if known == len(names) * settings.tasks * (settings.tasks + 1) // 2:
+            progress.skip(_work(settings, companion))  # nothing is missing: the network need not be trained again
+        else:
+            _run_companion(run, settings, seed, tasks(), progress, companion)
+
+
+def _run_companion(
+    run: Run, settings: Settings, seed: int, tasks: Iterator[Task], progress: Progress, companion: str
+) -> None:
+    checkpoint = run.folder / "checkpoints" / f"seed-{seed}-{companion}.safetensors"
     learner: Learner | None = None
     seen: list[Dataset] = []
     for number, task in enumerate(tasks, 1):
         if learner is None:
-            learner = Learner(settings, seed, task.train.inputs.shape[1], checkpoint)
+            learner = Learner(settings, seed, task.train.inputs.shape[1], checkpoint, companion)
         if settings.final > len(task.test.labels):
             raise SettingError(f"--final can be at most {len(task.test.labels)}, the test images of a task.")
         # Tasks share their test images, so a part of them must not be the same part for every task.
         order = torch.randperm(len(task.test.labels), generator=torch.Generator().manual_seed(1000 * seed + number))
         seen.append(task.test.take(order))
         learner.learn(number, task.train)
-        last = number == settings.tasks
-        count = settings.final if last else max(1, min(settings.point // number, settings.final))
         for name, predictor in learner.predictors():
-            cost = _COST[name.partition("-")[0]]
             for place, test in enumerate(seen, 1):
-                part = test.take(slice(count))
+                part = test.take(slice(settings.images(name, number)))
                 key = {"seed": seed, "trained": number, "curve": name, "task": place}
                 if run.find(**key) is not None:
-                    progress.skip(cost * len(part.labels))
+                    progress.skip(_cost(name) * len(part.labels))
                     continue
                 if learner.trained > number:
                     raise FormatError(
@@ -237,84 +296,6 @@ def run_seed(run: Run, settings: Settings, seed: int, tasks: Iterator[Task], pro
                 learner.draws.manual_seed(1_000_000 * seed + 1000 * number + place)
                 correct = int((predictor(part.inputs).argmax(-1) == part.labels).sum())
                 run.add(**key, correct=correct, total=len(part.labels))
-                progress.advance(cost * len(part.labels), f"seed {seed}: task {number} of {settings.tasks}, {name}")
+                what = f"seed {seed}: task {number} of {settings.tasks}, {name}"
+                progress.advance(_cost(name) * len(part.labels), what)
     checkpoint.unlink(missing_ok=True)
-
-
-def curves(rows: list[dict], seeds: list[int]) -> dict[str, list[list[float]]]:
-    """Returns, for each curve, each seed's mean accuracy in percent over the tasks seen so far, after each task."""
-    cells: dict[tuple[str, int, int], list[float]] = {}
-    fields = {"curve", "seed", "trained", "task", "correct", "total"}
-    for row in rows:
-        if not fields <= row.keys():
-            raise FormatError(
-                f"results.jsonl holds a row that is no result of this experiment: {row}. Choose another --out."
-            )
-        cells.setdefault((row["curve"], row["seed"], row["trained"]), []).append(row["correct"] / row["total"])
-    names = list(dict.fromkeys(row["curve"] for row in rows))
-    trained = sorted({row["trained"] for row in rows})
-    return {
-        name: [[100 * sum(c) / len(c) for n in trained if (c := cells.get((name, seed, n)))] for seed in seeds]
-        for name in names
-    }
-
-
-def report(record: Run, seeds: list[int], settings: Settings, title: str, paper: dict[str, float]) -> str:
-    """Writes the table and the figure of the rows that a run holds, and returns the table.
-
-    Args:
-        record: The run.
-        seeds: The seeds to average over.
-        settings: Their settings.
-        title: Of the figure.
-        paper: The paper's numbers for some of the curves; their column is left out where there are none.
-    """
-    results = {name: _summary(runs) for name, runs in curves(record.rows, seeds).items()}
-    lines = [
-        f"Accuracy in percent over all {settings.tasks} tasks after the last one: {len(seeds)} "
-        f"seed{'s (+-: standard error)' if len(seeds) > 1 else ''}, {settings.final:,} test images for each task.",
-        "",
-        "| model | paper | ours | difference |" if paper else "| model | accuracy |",
-        "|---|---|---|---|" if paper else "|---|---|",
-    ]
-    for name, (means, errors) in results.items():
-        ours = f"{means[-1]:.2f} +- {errors[-1]:.2f}" if len(seeds) > 1 else f"{means[-1]:.2f}"
-        known = paper.get(name)
-        there = f"{known} | {ours} | {means[-1] - known:+.1f}" if known is not None else f" | {ours} | "
-        lines.append(f"| {label(name)} | {there if paper else ours} |")
-    table = "\n".join(lines) + "\n"
-    record.write_table(table)
-    drawn = [
-        plots.Curve(label(name), range(1, len(means) + 1), means, errors, *_style(name))
-        for name, (means, errors) in results.items()
-    ]
-    plots.curves(drawn, record.folder / "figure.png", title=title, xlabel="tasks", ylabel="accuracy (%)")
-    return table
-
-
-def _summary(runs: list[list[float]]) -> tuple[list[float], list[float]]:
-    """Returns the mean over seeds and its standard error, point by point."""
-    points = list(zip(*runs, strict=True))
-    means = [statistics.fmean(p) for p in points]
-    errors = [statistics.stdev(p) / len(p) ** 0.5 if len(p) > 1 else 0.0 for p in points]
-    return means, errors
-
-
-def label(name: str) -> str:
-    """Returns how a curve is called in tables and figures."""
-    kind, _, size = name.partition("-")
-    names = {
-        "mlp": "network alone",
-        "vote": f"k-NN vote, {size} per task",
-        "mbpa": f"MbPA, {size} per task",
-        "random": f"random memories, {size} per task",
-    }
-    return names[kind]
-
-
-def _style(name: str) -> tuple[str, str]:
-    kind, _, size = name.partition("-")
-    colors = {"mlp": plots.GRAY, "random": plots.RED}
-    by_size = {"100": plots.ORANGE, "250": plots.GREEN, "1000": plots.BLUE}
-    styles = {"mlp": "-", "vote": ":", "mbpa": "-", "random": "--"}
-    return colors.get(kind) or by_size.get(size, plots.PURPLE), styles[kind]

@@ -10,8 +10,10 @@ from recollect.errors import MissingExtraError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 BLUE, ORANGE, GREEN, RED, GRAY, PURPLE = "#1f6fb4", "#e07b1a", "#2f9e5b", "#c23b3b", "#7a7a7a", "#7d4fa8"
+BROWN, CYAN, PALE_BLUE, NAVY = "#a0703c", "#3aa6a6", "#8fb4d9", "#10375c"
 
 
 class Curve(NamedTuple):
@@ -31,16 +33,24 @@ def figure(width: float, height: float) -> "tuple[Figure, Axes]":
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
+    picture = _empty(width, height)
+    axes = picture.add_subplot()
+    _dress(axes)
+    return picture, axes
+
+
+def _empty(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("a figure needs matplotlib: pip install 'recollect[experiments]'.") from error
-    picture = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    axes = picture.add_subplot()
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _dress(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return picture, axes
 
 
 def save(picture: "Figure", path: Path) -> None:
@@ -55,13 +65,12 @@ def save(picture: "Figure", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def curves(lines: Sequence[Curve], path: Path, *, title: str, xlabel: str, ylabel: str) -> None:
-    """Draws lines with a band of one standard error; the legend stands in the order in which they end."""
+def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    picture, axes = figure(7.6, 4.4)
-    for line in lines:
-        axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=1.8, label=line.label)
+    for line in sorted(lines, key=lambda line: -line.mean[-1]):
+        label = f"{line.label}  {line.mean[-1]:.1f}"
+        axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=1.8, label=label)
         low = [m - e for m, e in zip(line.mean, line.error, strict=True)]
         high = [m + e for m, e in zip(line.mean, line.error, strict=True)]
         axes.fill_between(line.x, low, high, color=line.color, alpha=0.15, linewidth=0)
@@ -69,14 +78,41 @@ def curves(lines: Sequence[Curve], path: Path, *, title: str, xlabel: str, ylabe
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    order = sorted(range(len(lines)), key=lambda i: -lines[i].mean[-1])
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        [handles[i] for i in order],
-        [f"{labels[i]}  {lines[i].mean[-1]:.1f}" for i in order],
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        frameon=False,
-        fontsize=9,
-    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+
+
+def panels(parts: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, xlabel: str, ylabel: str) -> None:
+    """Draws lines in panels of their own, two beside each other, with a band of one standard error."""
+    picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
+    for (title, lines), panel in zip(parts, axes, strict=True):
+        _dress(panel)
+        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=ylabel)
     save(picture, path)
+
+
+def heat_maps(parts: Sequence[tuple[str, "Tensor"]], path: Path, *, title: str) -> None:
+    """Draws matrices of percentages, five beside each other, on one scale; NaN stays white."""
+    from matplotlib.ticker import MaxNLocator
+
+    picture, axes = grid(len(parts), columns=5, width=2.3, height=2.4)
+    image = None
+    for (name, matrix), panel in zip(parts, axes, strict=True):
+        tasks = len(matrix)
+        extent = (0.5, tasks + 0.5, tasks + 0.5, 0.5)
+        image = panel.imshow(matrix.numpy(), vmin=0, vmax=100, cmap="viridis", extent=extent, interpolation="nearest")
+        panel.set_title(name, loc="left", fontsize=9)
+        panel.tick_params(labelsize=7)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if image is not None:
+        picture.colorbar(image, ax=list(axes), shrink=0.6, pad=0.01).ax.tick_params(labelsize=8)
+    picture.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(picture, path)
+
+
+def grid(count: int, *, columns: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
+    """Returns a figure with this many panels of a size (inches), in rows of at most ``columns``."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    picture = _empty(width * columns, height * rows)
+    return picture, [picture.add_subplot(rows, columns, number + 1) for number in range(count)]

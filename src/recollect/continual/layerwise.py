@@ -1,0 +1,261 @@
+"""What a layer makes of its inputs and the gradients at its outputs: powers of each example's own gradient, summed."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from recollect.continual.recording import Axis, Call, Layout, UnfitError, examples_first, fill_in, tensors_in
+from recollect.continual.unrolled import unrolled
+
+_BUDGET = 64 * 2**20  # bytes of single examples' gradients at once
+
+Grads = list[list[Tensor]]  # of one module: for each call, for each output
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Modules that share no parameter with others. ``start``, then ``add`` for each direction, then ``finish``."""
+
+    modules: list[int]
+
+    def start(self, calls: list[list[Call]], count: int, power: int) -> None: ...
+
+    def add(self, grads: list[Grads]) -> None: ...
+
+    def finish(self) -> dict[str, Tensor]: ...
+
+
+def parts_of(
+    modules: Sequence[nn.Module], found: Sequence[Sequence[Layout]], parameters: dict[str, nn.Parameter]
+) -> list[Part]:
+    """Returns the parts for modules and the layouts of their calls.
+
+    Args:
+        modules: The modules.
+        found: For each of them, the layout of each of its calls.
+        parameters: Those looked at, by their names in the network.
+
+    Raises:
+        UnfitError: If a parameter is in no module.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    owned = [{names[id(p)] for p in module.parameters() if id(p) in names} for module in modules]
+    if set().union(*owned) != set(parameters):
+        raise UnfitError("a parameter is outside of all layers")
+    groups: list[list[int]] = []  # modules that are bound together by a parameter that they share
+    for number, own in enumerate(owned):
+        tied = [group for group in groups if any(own & owned[other] for other in group)]
+        groups = [group for group in groups if group not in tied] + [[number, *(n for group in tied for n in group)]]
+    parts: list[Part] = []
+    for group in groups:
+        members = sorted(group)
+        first = modules[members[0]]
+        layout = found[members[0]]
+        if not any(owned[number] for number in members):
+            continue
+        if len(members) == 1 and len(layout) == 1 and type(first) is nn.Linear and _row_by_row(layout[0]):
+            parts.append(Rows(members[0], first, layout[0], names))
+        elif len(members) == 1 and len(layout) == 1 and type(first) is nn.Embedding and _plain(first):
+            parts.append(Lookup(members[0], layout[0], names[id(first.weight)], first))
+        else:
+            parts.append(SideBySide(members, [modules[n] for n in members], [found[n] for n in members], names))
+    return parts
+
+
+def _row_by_row(layout: Layout) -> bool:
+    """Whether each example is one row of a matrix."""
+    axes = (*layout.inputs, *layout.outputs)
+    return all(isinstance(axis, Axis) and axis.row_by_row for axis in axes)
+
+
+def _plain(module: nn.Embedding) -> bool:
+    return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
+
+
+class Rows:
+    """A linear layer, called once for all examples, each a vector: no gradient of a single example is made."""
+
+    def __init__(self, number: int, module: nn.Linear, layout: Layout, names: dict[int, str]) -> None:
+        self.modules = [number]
+        self._layout = layout
+        self._weight = names.get(id(module.weight))
+        self._bias = names.get(id(module.bias))
+
+    def start(self, calls: list[list[Call]], count: int, power: int) -> None:
+        """Takes the calls of a batch."""
+        (call,) = calls[0]
+        self._power = power
+        self._inputs = call.inputs[0].reshape(count, -1)
+        self._grads = torch.zeros_like(call.outputs[0].detach()).reshape(count, -1)
+
+    def add(self, grads: list[Grads]) -> None:
+        """Takes the gradients of one direction. The inputs are the same for all of them, so that these add up."""
+        grad = grads[0][0][0].reshape(self._grads.shape)
+        self._grads.add_(_powered(grad, self._power))
+
+    def finish(self) -> dict[str, Tensor]:
+        """Returns the sums over all examples and directions."""
+        sums = {}
+        if self._weight is not None:
+            sums[self._weight] = self._grads.T @ _powered(self._inputs, self._power)
+        if self._bias is not None:
+            sums[self._bias] = self._grads.sum(0)
+        return sums
+
+
+class Lookup:
+    """An embedding, called once: only the rows that an example has looked up have a gradient."""
+
+    def __init__(self, number: int, layout: Layout, name: str, module: nn.Embedding) -> None:
+        self.modules = [number]
+        self._layout = layout
+        self._name = name
+        self._module = module
+
+    def start(self, calls: list[list[Call]], count: int, power: int) -> None:
+        """Takes the calls of a batch."""
+        (self._call,) = calls[0]
+        self._power = power
+        self._count = count
+        self._sums = torch.zeros_like(self._module.weight, requires_grad=False)
+
+    def add(self, grads: list[Grads]) -> None:
+        """Takes the gradients of one direction."""
+        (places,), (grad,) = examples_first(self._call, self._layout, grads[0][0], self._count)
+        if places is None:
+            raise UnfitError("all examples look up the same rows")
+        size = len(self._sums)
+        example = torch.arange(self._count, device=places.device).view(-1, *(1,) * (places.dim() - 1))
+        pairs, inverse = (example * size + places).flatten().unique(return_inverse=True)
+        own = self._sums.new_zeros(len(pairs), self._sums.shape[1]).index_add_(0, inverse, grad.flatten(0, -2))
+        if self._module.padding_idx is not None:
+            own[pairs % size == self._module.padding_idx] = 0
+        self._sums.index_add_(0, pairs % size, _powered(own, self._power))
+
+    def finish(self) -> dict[str, Tensor]:
+        """Returns the sums over all examples and directions."""
+        return {self._name: self._sums}
+
+
+class SideBySide:
+    """Any layers, called any number of times: each example's gradient is made, for as many as fit the budget."""
+
+    def __init__(
+        self, numbers: list[int], modules: list[nn.Module], found: list[Sequence[Layout]], names: dict[int, str]
+    ) -> None:
+        self.modules = numbers
+        self._layers = modules
+        self._found = found
+        self._names = {id(p): names[id(p)] for m in modules for p in m.parameters() if id(p) in names}
+        floats = sum(p.numel() * p.element_size() for p in _distinct(modules, self._names))
+        self._rows = max(1, _BUDGET // max(1, floats))
+
+    def start(self, calls: list[list[Call]], count: int, power: int) -> None:
+        """Takes the calls of a batch."""
+        self._calls = calls
+        self._count = count
+        self._power = power
+        self._sums = {
+            self._names[id(p)]: torch.zeros_like(p, requires_grad=False) for p in _distinct(self._layers, self._names)
+        }
+
+    def add(self, grads: list[Grads]) -> None:
+        """Takes the gradients of one direction."""
+        for start in range(0, self._count, self._rows):
+            rows = slice(start, min(start + self._rows, self._count))
+            own: dict[str, Tensor] = {}
+            for module, calls, layouts, made in zip(self._layers, self._calls, self._found, grads, strict=True):
+                for call, layout, grad in zip(calls, layouts, made, strict=True):
+                    inputs, outputs = examples_first(call, layout, grad, self._count)
+                    shares = [t if t is None else t[rows] for t in inputs]
+                    parts = _gradients(module, call, shares, [t[rows] for t in outputs])
+                    for name, part in module.named_parameters():
+                        known = self._names.get(id(part))
+                        if known is not None:
+                            own[known] = own[known] + parts[name] if known in own else parts[name]
+            for name, part in own.items():
+                self._sums[name].add_(_powered(part, self._power).sum(0))
+
+    def finish(self) -> dict[str, Tensor]:
+        """Returns the sums over all examples and directions."""
+        return self._sums
+
+
+def _distinct(modules: Sequence[nn.Module], names: dict[int, str]) -> list[nn.Parameter]:
+    return list({id(p): p for m in modules for p in m.parameters() if id(p) in names}.values())
+
+
+def _powered(tensor: Tensor, power: int) -> Tensor:
+    return tensor.square() if power == 2 else tensor.abs()
+
+
+def _gradients(module: nn.Module, call: Call, inputs: list[Tensor | None], grads: list[Tensor]) -> dict[str, Tensor]:
+    """Returns each example's gradient for each parameter of a module, ``(b, *shape)``."""
+    first = inputs[0] if len(inputs) == 1 else None
+    if type(module) is nn.Linear and first is not None:
+        return _linear(module, first, grads[0])
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and first is not None and _is_plain(module):
+        return _convolution(module, first, grads[0])
+    return _any(module, call, inputs, grads)
+
+
+def _is_plain(module: nn.Conv1d | nn.Conv2d) -> bool:
+    return type(module) in {nn.Conv1d, nn.Conv2d} and module.padding_mode == "zeros"
+
+
+def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> dict[str, Tensor]:
+    rows, sides = inputs.flatten(1, -2), grads.flatten(1, -2)
+    return {"weight": sides.mT @ rows, "bias": sides.sum(1)}
+
+
+def _convolution(module: nn.Conv1d | nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Tensor]:
+    """A convolution is a linear layer on patches; an example has one row for each place of its output."""
+    inputs, grads = inputs.squeeze(1), grads.squeeze(1)
+    if isinstance(module, nn.Conv1d):
+        inputs, grads = inputs.unsqueeze(2), grads.unsqueeze(2)
+    two = (1,) * (2 - len(module.kernel_size))
+    nothing = (0,) * len(two)
+    size, dilation, stride = two + module.kernel_size, two + module.dilation, two + module.stride
+    if isinstance(module.padding, str):
+        around = [(d * (k - 1)) if module.padding == "same" else 0 for d, k in zip(dilation, size, strict=True)]
+        inputs = nn.functional.pad(inputs, (around[1] // 2, -(-around[1] // 2), around[0] // 2, -(-around[0] // 2)))
+        padding = (0, 0)
+    else:
+        padding = nothing + module.padding
+    patches = nn.functional.unfold(inputs, size, dilation, padding, stride)
+    patches = patches.unflatten(1, (module.groups, -1))  # (b, groups, inputs of a group, places)
+    sides = grads.flatten(2).unflatten(1, (module.groups, -1))
+    weight = (sides @ patches.mT).reshape(len(inputs), *module.weight.shape)
+    return {"weight": weight, "bias": grads.sum((2, 3))}
+
+
+def _any(module: nn.Module, call: Call, inputs: list[Tensor | None], grads: list[Tensor]) -> dict[str, Tensor]:
+    """Runs the module once more with a copy of its parameters for each example, side by side under ``vmap``."""
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    copies = {name: p.expand(len(grads[0]), *p.shape).requires_grad_() for name, p in own.items()}
+    step_by_step = unrolled(module)
+    mine = [number for number, tensor in enumerate(inputs) if tensor is not None]
+
+    def run(params: dict[str, Tensor], *tensors: Tensor) -> list[Tensor]:
+        full = list(call.inputs)
+        for number, tensor in zip(mine, tensors, strict=True):
+            full[number] = tensor
+        args, kwargs = fill_in(call.arguments, full)
+        if step_by_step is None:
+            return tensors_in(functional_call(module, params, args, kwargs))
+        return tensors_in(step_by_step(params, *args, **kwargs))
+
+    shares = [tensor for tensor in inputs if tensor is not None]
+    before = [(part, part.__dict__.copy()) for part in module.modules()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # no worse than one example at a time
+        outputs = vmap(run)(copies, *shares)
+    for part, attributes in before:  # what a module notes of its run would be useless outside of vmap
+        part.__dict__.clear()
+        part.__dict__.update(attributes)
+    parts = torch.autograd.grad(outputs, list(copies.values()), grads, materialize_grads=True)
+    return dict(zip(copies, parts, strict=True))
