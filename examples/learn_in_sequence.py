@@ -33,16 +33,14 @@ def learn(companion: str, seed: int = 0) -> dict[str, Accuracies]:
     )
     adaptation = LocalAdaptation(rules.sgd(0.07), steps=10)
     adapted = MbPA(network, memory, neighbors=24, adaptation=adaptation, kernel=gaussian(0.7))
-    return run(learner, tasks, predictors={"network": network, "with memory": adapted})
+    return run(learner, tasks, predictors={"network": network, "with memory": adapted}, examples=200)
 
 
 def main() -> None:
-    print(
-        f"{'':<10}{'network':>20}{'with memory':>20}\n{'':<10}{'accuracy, forgetting':>20}{'accuracy, forgetting':>20}"
-    )
+    print(f"{'accuracy, forgetting of':<24}{'the network':>16}{'with a memory':>20}")
     for companion in ("nothing", "EWC", "MAS", "replay"):
         results = learn(companion).values()
-        print(f"{companion:<10}" + "".join(f"{r.average:>13.1%}{r.forgetting:>7.1%}" for r in results))
+        print(f"{companion:<20}" + "".join(f"{r.average:>12.1%}{r.forgetting:>8.1%}" for r in results))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
 
 
 def test_learning_in_sequence_forgets_least_with_a_memory(tmp_path: Path) -> None:
-    lines = output("learn_in_sequence.py", tmp_path).splitlines()[2:]
+    lines = output("learn_in_sequence.py", tmp_path).splitlines()[1:]
     rows = {line.split()[0]: accuracies(line) for line in lines}  # accuracy, forgetting; the same with a memory
     assert rows.keys() == {"nothing", "EWC", "MAS", "replay"}
     assert all(rows[name][0] > rows["nothing"][0] for name in ("EWC", "MAS", "replay"))

@@ -95,8 +95,8 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or type(value) in {bool, int, float, str}:
         return value
     raise DtypeError(
-        f"a checkpoint holds tensors, numbers, strings, lists, tuples, and dictionaries whose keys are strings or whole "
-        f"numbers, got {type(value).__name__}."
+        f"a checkpoint holds tensors, numbers, strings, lists, tuples, and dictionaries of those by name or number, "
+        f"got {type(value).__name__}."
     )
 
 

@@ -95,7 +95,7 @@ def _results(record: Run, stream: str, seeds: int) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
+    mean = f"{round(100 * statistics.fmean(values), 1) + 0.0:.1f}"  # + 0.0: no minus before a zero
     if len(values) == 1:
         return mean
     return f"{mean} +- {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
