@@ -58,7 +58,7 @@ def parts_of(
         if not any(owned[number] for number in members):
             continue
         if len(members) == 1 and len(layout) == 1 and type(first) is nn.Linear and _row_by_row(layout[0]):
-            parts.append(Rows(members[0], first, layout[0], names))
+            parts.append(Rows(members[0], first, names))
         elif len(members) == 1 and len(layout) == 1 and type(first) is nn.Embedding and _plain(first):
             parts.append(Lookup(members[0], layout[0], names[id(first.weight)], first))
         else:
@@ -79,9 +79,8 @@ def _plain(module: nn.Embedding) -> bool:
 class Rows:
     """A linear layer, called once for all examples, each a vector: no gradient of a single example is made."""
 
-    def __init__(self, number: int, module: nn.Linear, layout: Layout, names: dict[int, str]) -> None:
+    def __init__(self, number: int, module: nn.Linear, names: dict[int, str]) -> None:
         self.modules = [number]
-        self._layout = layout
         self._weight = names.get(id(module.weight))
         self._bias = names.get(id(module.bias))
 
@@ -151,8 +150,8 @@ class SideBySide:
         self._layers = modules
         self._found = found
         self._names = {id(p): names[id(p)] for m in modules for p in m.parameters() if id(p) in names}
-        floats = sum(p.numel() * p.element_size() for p in _distinct(modules, self._names))
-        self._rows = max(1, _BUDGET // max(1, floats))
+        size = sum(p.numel() * p.element_size() for p in _distinct(modules, self._names))
+        self._rows = max(1, _BUDGET // max(1, size))
 
     def start(self, calls: list[list[Call]], count: int, power: int) -> None:
         """Takes the calls of a batch."""
