@@ -197,3 +197,12 @@ def test_more_test_images_than_there_are_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, {})
     with Progress(1.0, "tiny") as progress, pytest.raises(SettingError, match="500"):
         shared.run_seed(run, settings, 0, tiny_tasks, progress)
+
+
+def test_the_page_shows_the_table_of_the_recorded_run() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "results" / "figure3" / "table.md").read_text()
+    assert table in (root / "docs" / "figure3.md").read_text()
+    readme = (root / "README.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert sum(row in readme for row in rows) >= 10

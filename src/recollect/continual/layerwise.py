@@ -7,12 +7,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from recollect.continual.recording import Axis, Call, Layout, UnfitError, examples_first, fill_in, tensors_in
 from recollect.continual.unrolled import unrolled
 
 _BUDGET = 64 * 2**20  # bytes of single examples' gradients at once
 
+_LARGE = 40_000  # weights of a convolution from which on examples one by one are faster than side by side (measured)
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Grads = list[list[Tensor]]  # of one module: for each call, for each output
 
 
@@ -150,17 +154,17 @@ class SideBySide:
         self._layers = modules
         self._found = found
         self._names = {id(p): names[id(p)] for m in modules for p in m.parameters() if id(p) in names}
-        size = sum(p.numel() * p.element_size() for p in _distinct(modules, self._names))
-        self._rows = max(1, _BUDGET // max(1, size))
 
     def start(self, calls: list[list[Call]], count: int, power: int) -> None:
         """Takes the calls of a batch."""
         self._calls = calls
         self._count = count
         self._power = power
-        self._sums = {
-            self._names[id(p)]: torch.zeros_like(p, requires_grad=False) for p in _distinct(self._layers, self._names)
-        }
+        distinct = {id(p): p for m in self._layers for p in m.parameters() if id(p) in self._names}
+        self._sums = {self._names[key]: torch.zeros_like(p, requires_grad=False) for key, p in distinct.items()}
+        gradients = sum(p.numel() * p.element_size() for p in distinct.values())
+        entering = sum(_bytes(call) for own in calls for call in own)
+        self._rows = max(1, _BUDGET // (gradients + entering // count))
 
     def add(self, grads: list[Grads]) -> None:
         """Takes the gradients of one direction."""
@@ -184,8 +188,8 @@ class SideBySide:
         return self._sums
 
 
-def _distinct(modules: Sequence[nn.Module], names: dict[int, str]) -> list[nn.Parameter]:
-    return list({id(p): p for m in modules for p in m.parameters() if id(p) in names}.values())
+def _bytes(call: Call) -> int:
+    return sum(t.numel() * t.element_size() for t in (*call.inputs, *call.outputs))
 
 
 def _powered(tensor: Tensor, power: int) -> Tensor:
@@ -197,13 +201,13 @@ def _gradients(module: nn.Module, call: Call, inputs: list[Tensor | None], grads
     first = inputs[0] if len(inputs) == 1 else None
     if type(module) is nn.Linear and first is not None:
         return _linear(module, first, grads[0])
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and first is not None and _is_plain(module):
+    if isinstance(module, Convolution) and first is not None and _is_plain(module):
         return _convolution(module, first, grads[0])
     return _any(module, call, inputs, grads)
 
 
-def _is_plain(module: nn.Conv1d | nn.Conv2d) -> bool:
-    return type(module) in {nn.Conv1d, nn.Conv2d} and module.padding_mode == "zeros"
+def _is_plain(module: Convolution) -> bool:
+    return type(module) in {nn.Conv1d, nn.Conv2d, nn.Conv3d} and module.padding_mode == "zeros"
 
 
 def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> dict[str, Tensor]:
@@ -211,25 +215,25 @@ def _linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> dict[str, Tenso
     return {"weight": sides.mT @ rows, "bias": sides.sum(1)}
 
 
-def _convolution(module: nn.Conv1d | nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Tensor]:
-    """A convolution is a linear layer on patches; an example has one row for each place of its output."""
-    inputs, grads = inputs.squeeze(1), grads.squeeze(1)
-    if isinstance(module, nn.Conv1d):
-        inputs, grads = inputs.unsqueeze(2), grads.unsqueeze(2)
-    two = (1,) * (2 - len(module.kernel_size))
-    nothing = (0,) * len(two)
-    size, dilation, stride = two + module.kernel_size, two + module.dilation, two + module.stride
-    if isinstance(module.padding, str):
-        around = [(d * (k - 1)) if module.padding == "same" else 0 for d, k in zip(dilation, size, strict=True)]
-        inputs = nn.functional.pad(inputs, (around[1] // 2, -(-around[1] // 2), around[0] // 2, -(-around[0] // 2)))
-        padding = (0, 0)
-    else:
-        padding = nothing + module.padding
-    patches = nn.functional.unfold(inputs, size, dilation, padding, stride)
-    patches = patches.unflatten(1, (module.groups, -1))  # (b, groups, inputs of a group, places)
-    sides = grads.flatten(2).unflatten(1, (module.groups, -1))
-    weight = (sides @ patches.mT).reshape(len(inputs), *module.weight.shape)
-    return {"weight": weight, "bias": grads.sum((2, 3))}
+def _convolution(module: Convolution, inputs: Tensor, grads: Tensor) -> dict[str, Tensor]:
+    inputs, grads = inputs.squeeze(1), grads.squeeze(1)  # (b, channels, *places)
+    padding = module.padding
+    if isinstance(padding, str):
+        around = [d * (k - 1) * (padding == "same") for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        inputs = nn.functional.pad(inputs, [side for a in reversed(around) for side in (a // 2, a - a // 2)])
+        padding = 0
+    weight_gradient = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[len(module.kernel_size)]
+    settings = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+    count, shape = len(inputs), module.weight.shape
+    if module.weight.numel() > _LARGE:
+        pairs = zip(inputs.split(1), grads.split(1), strict=True)
+        weights = [weight_gradient(x, shape, g, **settings, groups=module.groups) for x, g in pairs]
+        weight = torch.stack(weights)
+    else:  # examples as groups of channels of a single one
+        x, g = inputs.flatten(0, 1).unsqueeze(0), grads.flatten(0, 1).unsqueeze(0)
+        size = (count * shape[0], *shape[1:])
+        weight = weight_gradient(x, size, g, **settings, groups=count * module.groups).unflatten(0, (count, -1))
+    return {"weight": weight, "bias": grads.flatten(2).sum(2)}
 
 
 def _any(module: nn.Module, call: Call, inputs: list[Tensor | None], grads: list[Tensor]) -> dict[str, Tensor]:

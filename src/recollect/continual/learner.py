@@ -118,6 +118,15 @@ class Learner:
         """
         if isinstance(train, Iterator):
             raise SettingError("a task is gone through more than once: pass tensors, a list or a DataLoader.")
+        before = self._together
+        try:
+            self._learn(train, outputs)
+        except BaseException:
+            self._together = before  # a task that was refused has no outputs
+            raise
+        self.learned += 1
+
+    def _learn(self, train: Examples, outputs: Outputs | None) -> None:
         own = None if outputs is None else self._join(outputs)
         self.network.train()
         for epoch in range(self._epochs):
@@ -135,7 +144,6 @@ class Learner:
             self.penalty.consolidate(train, outputs=outputs)
         if self.projection is not None:
             self.projection.consolidate(train)
-        self.learned += 1
 
     def _batches(self, train: Examples) -> Iterable[tuple[Tensor, Tensor]]:
         pair = as_pair(train)
@@ -196,6 +204,7 @@ class Learner:
     def _join(self, outputs: Outputs) -> set[int]:
         self._widen(len(output_mask(outputs)))
         mask = output_mask(outputs, len(self._together))
+        self._together = self._together.clone()
         self._together[mask] = mask
         return set(mask.nonzero().squeeze(1).tolist())
 

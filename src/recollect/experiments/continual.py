@@ -20,6 +20,7 @@ from recollect.experiments import continual_report as reports
 from recollect.experiments.continual_methods import (
     ADAPTED,
     COST,
+    METHODS,
     STREAMS,
     Contender,
     Score,
@@ -49,6 +50,9 @@ class Continual:
     """The folder for results; a run that was stopped goes on there."""
     streams: tuple[str, ...] = tuple(STREAMS)
     """Which streams to work on now: permuted, rotated, split-task, split-domain, split-class."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which methods to work on now: naive, ewc, mas, mas-average, mas-last, si, lwf, gem, agem, replay, vote, mbpa,
+    mbpa+replay, joint. The network that a predictor reads its memory beside comes with it."""
     seeds: int | None = None
     """How many networks of each method. This and the next four go by the scale where they are not given."""
     tasks: int | None = None
@@ -75,11 +79,13 @@ def run(config: Continual) -> str:
     for name, value in settings.items():
         if value < 1:
             raise SettingError(f"--{name} must be above 0, got {value}.")
-    unknown = [name for name in config.streams if name not in STREAMS]
-    if unknown or not config.streams:
-        raise SettingError(f"--streams must be some of {', '.join(STREAMS)}, got {' '.join(unknown) or 'none'}.")
+    for flag, chosen, known in (("streams", config.streams, STREAMS), ("methods", config.methods, METHODS)):
+        unknown = [name for name in chosen if name not in known]
+        if unknown or not chosen:
+            raise SettingError(f"--{flag} must be some of {', '.join(known)}, got {' '.join(unknown) or 'none'}.")
     record = Run(config.out, {name: value for name, value in settings.items() if name != "seeds"})
-    works = [_Work(record, name, **settings) for name in config.streams]
+    chosen = {*config.methods, *(ADAPTED[name] for name in config.methods if name in ADAPTED)}
+    works = [_Work(record, name, chosen, **settings) for name in config.streams]
     with Progress(sum(work.cost() for work in works), "continual") as progress:
         for work in works:
             work.tune(progress)
@@ -91,7 +97,16 @@ class _Work:
     """All that is to do on one stream."""
 
     def __init__(
-        self, record: Run, name: str, *, seeds: int, tasks: int, examples: int, test: int, adapted: int
+        self,
+        record: Run,
+        name: str,
+        chosen: set[str],
+        *,
+        seeds: int,
+        tasks: int,
+        examples: int,
+        test: int,
+        adapted: int,
     ) -> None:
         self._record = record
         self._name = name
@@ -101,7 +116,7 @@ class _Work:
         self._examples = examples
         self._test = test
         self._adapted = adapted
-        self._methods = methods_on(name)
+        self._methods = [method for method in methods_on(name) if method in chosen]
 
     def cost(self) -> float:
         """Returns the work in trainings of a plain network."""

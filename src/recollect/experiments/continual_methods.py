@@ -90,11 +90,11 @@ class Method:
 
 METHODS = {
     "naive": Method("network alone"),
-    "ewc": Method("EWC", _DECADES["ewc"], (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)),
-    "mas": Method("MAS, sum", _DECADES["mas"], (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)),
-    "mas-average": Method("MAS, average", _DECADES["mas"], (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)),
-    "mas-last": Method("MAS, last task only", _DECADES["mas"], (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)),
-    "si": Method("SI", _DECADES["si"], (0.1, 1, 3, 10, 30, 100, 300, 1000)),
+    "ewc": Method("EWC", _DECADES["ewc"], (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)),
+    "mas": Method("MAS, sum", _DECADES["mas"], (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    "mas-average": Method("MAS, average", _DECADES["mas"], (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "mas-last": Method("MAS, last task only", _DECADES["mas"], (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "si": Method("SI", _DECADES["si"], (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3)),
     "lwf": Method("LwF", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     "gem": Method("GEM", (0.0, 0.5)),
     "agem": Method("A-GEM"),

@@ -146,7 +146,7 @@ def _matrices(record: Run, stream: str, seeds: int) -> None:
         found = _accuracies(record, stream, method, seeds) if method != "joint" else []
         if found:
             mean = torch.stack([a.matrix for a in found]).mean(0)
-            matrices.append((f"{about.title}  {100 * float(mean[-1].mean()):.1f}", 100 * mean.tril(1)))
+            matrices.append((f"{about.title}  {100 * float(mean[-1].mean()):.1f}", 100 * mean))
     if matrices:
         title = f"{STREAMS[stream].title}: accuracy (%) on each task (across) after each task (down)"
         plots.heat_maps(matrices, record.folder / f"matrices-{stream}.png", title=title)

@@ -39,7 +39,8 @@ def report(record: Run, seeds: list[int], settings: Settings, title: str, paper:
     results = {name: _summary(runs) for name, runs in curves(record.rows, seeds).items()}
     lines = [
         f"Accuracy in percent over all {settings.tasks} tasks after the last one: {len(seeds)} "
-        f"seed{'s (+-: standard error)' if len(seeds) > 1 else ''}, {settings.final:,} test images for each task.",
+        f"seed{'s (+-: standard error)' if len(seeds) > 1 else ''}, {settings.final:,} test images for each task"
+        f"{f' (MbPA with a companion: {settings.combined_final:,})' if settings.combined else ''}.",
         "",
         "| model | paper | ours | difference |" if paper else "| model | accuracy |",
         "|---|---|---|---|" if paper else "|---|---|",
