@@ -54,6 +54,7 @@ def read(path: Path, *, run: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         FormatError: If the file is something else, damaged, or of another run.
     """
+    wanted = _as_text(run)
     if not path.exists():
         return None
     whole = path.read_bytes() if path.is_file() else b""
@@ -64,7 +65,7 @@ def read(path: Path, *, run: Mapping[str, Any]) -> dict[str, Any] | None:
     header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     if header.get("format") != _FORMAT:
         raise FormatError(f"{path} is a checkpoint of another version. Delete it to start anew.")
-    there, asked = json.loads(header["run"]), json.loads(_as_text(run))
+    there, asked = json.loads(header["run"]), json.loads(wanted)
     if there != asked:
         none = object()
         other = sorted(k for k in there.keys() | asked.keys() if there.get(k, none) != asked.get(k, none))

@@ -49,6 +49,15 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def batches_of(task: Data | Iterable[Data], batch: int, generator: torch.Generator) -> list[Data]:
+    """The batches of one pass: shuffled ones of a pair, or those that are there."""
+    if not isinstance(task, tuple):
+        return [(x, y) for x, y in task]
+    order = torch.randperm(len(task[0]), generator=generator).tolist()
+    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return [(task[0][part], task[1][part]) for part in parts]
+
+
 def literal(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -64,16 +73,16 @@ def literal(
     write: Any = None,
     keep: int | None = None,
 ) -> None:
-    """One task, as the docstrings say it; ``write`` is the buffer that takes examples in, if any."""
+    """One task, as the docstrings say it; ``write`` is the buffer that takes examples in, if any.
+
+    Each is written after its step, or, where it is A-GEM's alone, at the end of the task.
+    """
+    late = isinstance(projection, AGEM) and write is not replay
+    waiting = []
     net.train()
     left = 10**9 if keep is None else keep
     for epoch in range(epochs):
-        if isinstance(task, tuple):
-            order = torch.randperm(len(task[0]), generator=generator).tolist()
-            parts = [order[start : start + batch] for start in range(0, len(order), batch)]
-            stream = [(task[0][part], task[1][part]) for part in parts]
-        else:
-            stream = [(x, y) for x, y in task]
+        stream = batches_of(task, batch, generator)
         for x, y in stream:
             union_x, union_y = x, y
             if replay is not None and len(replay) > 0:
@@ -90,12 +99,16 @@ def literal(
             if write is not None and epoch == 0:
                 for row in range(len(x)):
                     if left > 0:
-                        write.write(x[row : row + 1], y[row : row + 1])
+                        waiting.append((x[row : row + 1], y[row : row + 1]))
                         left -= 1
+                while waiting and not late:
+                    write.write(*waiting.pop(0))
     if penalty is not None:
         penalty.consolidate(task)
     if projection is not None:
         projection.consolidate(task)
+    for examples in waiting:
+        write.write(*examples)
 
 
 # The loop -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from recollect import Categorical, Gaussian
 from recollect.continual import EWC, MAS, SI
-from recollect.errors import DtypeError, LabelError, RecollectError, SettingError, ShapeError
+from recollect.errors import (
+    DtypeError,
+    FormatError,
+    LabelError,
+    NonFiniteError,
+    RecollectError,
+    SettingError,
+    ShapeError,
+)
 
 DOUBLE = torch.float64
 Data = tuple[Tensor, Tensor]
@@ -1022,33 +1030,10 @@ def test_si_counts_only_what_reached_the_step(between: str) -> None:
         close(got, wanted[name])
 
 
-def test_si_with_lbfgs_takes_the_last_gradient() -> None:
-    """Several closures in one step: each sets the gradients anew."""
-    network, data = plain(), task()
-    optimizer = torch.optim.LBFGS(network.parameters(), lr=0.1, max_iter=3)
-    penalty = SI(network, optimizer, 5.0)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = nn.functional.cross_entropy(network(data[0]), data[1]) + penalty()
-        total.backward()
-        return total
-
-    optimizer.step(closure)
-    penalty.consolidate()
-    move(network)
-    before, evaluations = places(network), []
-
-    def noting() -> Tensor:
-        total = closure()
-        evaluations.append(gradients(nn.functional.cross_entropy(network(data[0]), data[1]), network))
-        return total
-
-    optimizer.step(noting)
-    got = paths(penalty)["path:0/weight"]
-    change = network[0].weight.detach() - before["0.weight"]
-    assert len(evaluations) > 1
-    close(got, -evaluations[-1][0] * change)
+def test_si_refuses_lbfgs() -> None:
+    network = plain()
+    with pytest.raises(SettingError, match="LBFGS"):
+        SI(network, torch.optim.LBFGS(network.parameters()))
 
 
 def test_si_watches_another_optimizer_instead() -> None:
@@ -1069,13 +1054,66 @@ def test_si_watches_another_optimizer_instead() -> None:
     close(paths(penalty)["path:0/weight"], -grad * (network[0].weight.detach() - before["0.weight"]))
 
 
-def test_si_without_a_step_has_no_importance() -> None:
+def test_si_says_so_where_it_saw_no_step() -> None:
     network = plain()
     penalty = SI(network, torch.optim.SGD(network.parameters(), 0.1))
+    with pytest.raises(SettingError, match=r"no step has been seen.*watch"):
+        penalty.consolidate()
+    head, body = torch.optim.SGD(network[-1].parameters(), 0.1), torch.optim.Adam(network[0].parameters())
+    penalty.watch(head, body)
+    data = task()
+    (nn.functional.cross_entropy(network(data[0]), data[1]) + penalty()).backward()
+    head.step()
+    body.step()
     penalty.consolidate()
-    assert not bool(penalty.anchors.importance("0.weight").any())
-    move(network)
-    assert penalty().item() == 0.0
+    assert all(bool((penalty.anchors.importance(name) > 0).any()) for name in penalty.anchors.names)
+    with pytest.raises(SettingError, match="no step"):
+        penalty.consolidate()
+
+
+def test_a_network_that_is_not_finite_leaves_penalties_as_they_were() -> None:
+    data = task()
+    for make_penalty in (EWC, MAS):
+        network = plain()
+        penalty = make_penalty(network)
+        penalty.consolidate(data)
+        before = copy.deepcopy(penalty.state_dict())
+        with torch.no_grad():
+            network[0].weight[0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match="not finite"):
+            penalty.consolidate(data)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in penalty.state_dict().items())
+
+
+def test_a_layer_that_has_grown_needs_a_new_penalty() -> None:
+    network = plain()
+    penalty = EWC(network)
+    penalty.consolidate(task())
+    network[0] = nn.Linear(network[0].in_features, network[0].out_features + 1, dtype=torch.float64)
+    with pytest.raises(ShapeError, match="Make a new penalty"):
+        penalty()
+
+
+def test_separate_terms_are_not_taken_for_merged_ones() -> None:
+    network = plain()
+    separate = EWC(network, tasks="separate")
+    for _ in range(2):
+        separate.consolidate(task())
+    with pytest.raises(FormatError, match="tasks='separate'"):
+        EWC(network).load_state_dict(separate.state_dict())
+
+
+def test_small_importances_count_in_half_precision() -> None:
+    network = nn.Linear(1, 1, bias=False).half()
+    penalty = EWC(network, 1e9)
+    penalty.anchors.replace({"weight": torch.full((1, 1), 1e-9)})
+    with torch.no_grad():
+        network.weight += 0.5
+    penalty.add_gradient()
+    added, network.weight.grad = network.weight.grad, None
+    penalty().backward()
+    assert added.item() == pytest.approx(0.5, rel=1e-2)
+    assert network.weight.grad.item() == pytest.approx(added.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("tasks", [0, 1, 3])
@@ -1108,11 +1146,15 @@ def test_si_disturbs_nothing(rng_untouched: Callable) -> None:
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for p in trainable(network).values():
         p.grad = torch.ones_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     before = copy.deepcopy(network)
     with rng_untouched():
         penalty = SI(network, optimizer)
+        optimizer.step()
         penalty.consolidate()
         penalty()
+        optimizer.step()
         with torch.inference_mode():
             penalty.consolidate()
     unchanged(network, before)

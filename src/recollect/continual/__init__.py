@@ -12,7 +12,8 @@ examples, outputs, modes   what they share
 
 from recollect.continual.distillation import LwF
 from recollect.continual.learner import Learner
-from recollect.continual.penalties import EWC, MAS, SI
+from recollect.continual.path import SI
+from recollect.continual.penalties import EWC, MAS
 from recollect.continual.projections import AGEM, GEM
 from recollect.continual.replay import ClassBalanced, Reservoir, Ring
 from recollect.continual.stream import Accuracies, accuracy, run

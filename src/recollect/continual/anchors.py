@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recollect.errors import SettingError, require
+from recollect.errors import SettingError, ShapeError, require
 
 
 class Anchors(nn.Module):
@@ -31,6 +31,8 @@ class Anchors(nn.Module):
         self.names = tuple(name for name, p in network.named_parameters() if p.requires_grad)
         if not self.names:
             raise SettingError("the network has no parameter that requires a gradient, so nothing can be held.")
+        if any(nn.parameter.is_lazy(network.get_parameter(name)) for name in self.names):
+            raise SettingError("the network has a layer without a shape yet. Run the network once before this.")
         first = network.get_parameter(self.names[0])
         self.register_buffer("rest", first.new_zeros((), dtype=_at_least_single(first)))
         for name in self.names:
@@ -58,8 +60,19 @@ class Anchors(nn.Module):
         return self._network[0]
 
     def live(self) -> dict[str, nn.Parameter]:
-        """Returns the network's parameters."""
-        return {name: self.network.get_parameter(name) for name in self.names}
+        """Returns the network's parameters.
+
+        Raises:
+            ShapeError: If one is not as large as it was.
+        """
+        found = {name: self.network.get_parameter(name) for name in self.names}
+        for name, p in found.items():
+            if p.shape != self.anchor(name).shape[1:]:
+                raise ShapeError(
+                    f"{name} has shape {tuple(p.shape)}, and had {tuple(self.anchor(name).shape[1:])} when this "
+                    "penalty was made. Make a new penalty for the new layer."
+                )
+        return found
 
     def forward(self, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, ""]:
         """Returns the sum, at the network's parameters or at these; 0 before there is a term."""
@@ -80,7 +93,10 @@ class Anchors(nn.Module):
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
                 for importance, anchor in zip(self.importance(name), self.anchor(name), strict=True):
-                    p.grad.addcmul_(importance.to(p.dtype), p - anchor, value=2 * factor)
+                    if importance.dtype == p.grad.dtype:
+                        p.grad.addcmul_(importance, p - anchor, value=2 * factor)
+                    else:  # small importances would be nothing in half precision
+                        p.grad.add_((importance * (p - anchor) * (2 * factor)).to(p.grad.dtype))
 
     def replace(self, importances: Mapping[str, Tensor]) -> None:
         """Puts one term in place of all: these importances, anchored where the parameters are."""

@@ -57,6 +57,11 @@ class LwF(nn.Module):
         self._handle = network.register_forward_hook(_Watch(self), with_kwargs=True)
         self.register_load_state_dict_pre_hook(_make_room)
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that is taught."""
+        return self._network[0]
+
     def forward(self) -> Float[Tensor, ""]:
         """Returns the penalty for the network's last call with gradients; 0 before a task has ended.
 

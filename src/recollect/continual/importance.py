@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from recollect.continual.examples import Batch, Examples, batches
-from recollect.continual.layerwise import Part, parts_of
+from recollect.continual.layerwise import Part, parts_of, zeros_for
 from recollect.continual.modes import aside, evaluation
 from recollect.continual.recording import Layout, UnfitError, layouts, record, require_fit, units
+from recollect.errors import NonFiniteError
 
 _ROWS = 256  # examples in one backward pass: enough to keep a matrix product busy
 _PROBES = 4  # examples that decide whether a faster way is right
@@ -39,6 +40,9 @@ def importances(
         directions: Yields directions of the shape of the outputs.
         power: 1 or 2.
         names: The parameters to look at.
+
+    Raises:
+        NonFiniteError: If a sum is not finite.
     """
     chosen = dict(network.named_parameters())
     parameters = {name: chosen[name] for name in names}
@@ -64,26 +68,31 @@ def importances(
 def _sums(
     network: nn.Module, data: Examples, directions: Directions, power: int, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], int]:
-    totals = {
-        name: p.new_zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
-    }
-    ways: dict[torch.Size, Way] = {}  # for inputs of each shape
+    totals = {name: zeros_for(p) for name, p in parameters.items()}
+    ways: dict[tuple[torch.Size, int], Way] = {}  # for inputs of each shape, and as many probes as there were
     slow = OneByOne(network, parameters)
     count = 0
     for given in batches(data, _ROWS):
         inputs, labels = given
         batch = Batch(_usable(inputs), None if labels is None else _usable(labels))
-        shape = batch.inputs.shape[1:]
-        if shape not in ways and len(batch.inputs) >= _PROBES:
-            spread = torch.linspace(0, len(batch.inputs) - 1, _PROBES).long()
-            ways[shape] = _find_way(network, batch.inputs[spread], parameters, power)
+        probes = min(len(batch.inputs), _PROBES)
+        kind = (batch.inputs.shape[1:], probes)
+        if kind not in ways:
+            spread = torch.linspace(0, len(batch.inputs) - 1, probes).long()
+            ways[kind] = slow if probes == 1 else _find_way(network, batch.inputs[spread], parameters, power)
         try:
-            sums = ways.get(shape, slow)(batch, directions, power)
+            sums = ways[kind](batch, directions, power)
         except UnfitError:  # what a layer does depends on more than shapes
             sums = slow(batch, directions, power)
         for name, total in totals.items():
             total.add_(sums[name])
         count += len(batch.inputs)
+    for name, total in totals.items():
+        if not bool(total.isfinite().all()):
+            raise NonFiniteError(
+                f"the gradients of {name} are not finite, so its importances would not be either. Check the network "
+                "and the data."
+            )
     return totals, count
 
 
@@ -100,7 +109,7 @@ class OneByOne:
 
     def __call__(self, batch: Batch, directions: Directions, power: int) -> dict[str, Tensor]:
         """Returns the sums over a batch."""
-        totals = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        totals = {name: zeros_for(p) for name, p in self._parameters.items()}
         for row in range(len(batch.inputs)):
             output = self._network(batch.inputs[row : row + 1])
             label = None if batch.labels is None else batch.labels[row : row + 1]
@@ -157,10 +166,11 @@ def _find_way(network: nn.Module, inputs: Tensor, parameters: dict[str, nn.Param
     batch = Batch(inputs, order)
     turned = Batch(inputs.flip(0), order.flip(0))  # a network may sort its examples on the way
     wanted = slow(batch, directions, power)
+    precision = max(torch.finfo(p.dtype).eps for p in parameters.values())
     for modules in (units(network), [network]):
         try:
             way = _layerwise(network, modules, inputs, parameters)
-            if all(_agree(way(tried, directions, power), wanted) for tried in (batch, turned)):
+            if all(_agree(way(tried, directions, power), wanted, precision) for tried in (batch, turned)):
                 return way
         except Exception:  # whatever a layer does that stands in the way: the next way does without
             continue
@@ -176,12 +186,12 @@ def _layerwise(
     return Layerwise(network, modules, found, parts_of(modules, found, parameters))
 
 
-def _agree(sums: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+def _agree(sums: dict[str, Tensor], wanted: dict[str, Tensor], precision: float) -> bool:
     """Whether two sums are the same but for rounding, which is far below what a mistake would make of them."""
     if sums.keys() != wanted.keys():
         return False
     for name, right in wanted.items():
-        tolerance = torch.finfo(right.dtype).eps ** 0.5 * right.abs().max()
+        tolerance = precision**0.5 * right.abs().max()
         if not bool(((sums[name] - right).abs() <= tolerance).all()):
             return False
     return True

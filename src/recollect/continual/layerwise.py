@@ -63,8 +63,8 @@ def parts_of(
             continue
         if len(members) == 1 and len(layout) == 1 and type(first) is nn.Linear and _row_by_row(layout[0]):
             parts.append(Rows(members[0], first, names))
-        elif len(members) == 1 and len(layout) == 1 and type(first) is nn.Embedding and _plain(first):
-            parts.append(Lookup(members[0], layout[0], names[id(first.weight)], first))
+        elif len(members) == 1 and type(first) is nn.Embedding and _plain(first):
+            parts.append(Lookup(members[0], layout, names[id(first.weight)], first))
         else:
             parts.append(SideBySide(members, [modules[n] for n in members], [found[n] for n in members], names))
     return parts
@@ -80,6 +80,11 @@ def _plain(module: nn.Embedding) -> bool:
     return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
 
 
+def zeros_for(tensor: Tensor) -> Tensor:
+    """Returns where sums of as many numbers begin; in half precision sums would stop growing."""
+    return torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+
+
 class Rows:
     """A linear layer, called once for all examples, each a vector: no gradient of a single example is made."""
 
@@ -93,7 +98,7 @@ class Rows:
         (call,) = calls[0]
         self._power = power
         self._inputs = call.inputs[0].reshape(count, -1)
-        self._grads = torch.zeros_like(call.outputs[0].detach()).reshape(count, -1)
+        self._grads = zeros_for(call.outputs[0]).reshape(count, -1)
 
     def add(self, grads: list[Grads]) -> None:
         """Takes the gradients of one direction. The inputs are the same for all of them, so that these add up."""
@@ -104,40 +109,44 @@ class Rows:
         """Returns the sums over all examples and directions."""
         sums = {}
         if self._weight is not None:
-            sums[self._weight] = self._grads.T @ _powered(self._inputs, self._power)
+            sums[self._weight] = self._grads.T @ _powered(self._inputs, self._power).to(self._grads.dtype)
         if self._bias is not None:
             sums[self._bias] = self._grads.sum(0)
         return sums
 
 
 class Lookup:
-    """An embedding, called once: only the rows that an example has looked up have a gradient."""
+    """An embedding: only the rows that an example has looked up, in any of its calls, have a gradient."""
 
-    def __init__(self, number: int, layout: Layout, name: str, module: nn.Embedding) -> None:
+    def __init__(self, number: int, layouts: Sequence[Layout], name: str, module: nn.Embedding) -> None:
         self.modules = [number]
-        self._layout = layout
+        self._layouts = layouts
         self._name = name
         self._module = module
 
     def start(self, calls: list[list[Call]], count: int, power: int) -> None:
         """Takes the calls of a batch."""
-        (self._call,) = calls[0]
+        (self._calls,) = calls
         self._power = power
         self._count = count
-        self._sums = torch.zeros_like(self._module.weight, requires_grad=False)
+        self._sums = zeros_for(self._module.weight)
 
     def add(self, grads: list[Grads]) -> None:
         """Takes the gradients of one direction."""
-        (places,), (grad,) = examples_first(self._call, self._layout, grads[0][0], self._count)
-        if places is None:
-            raise UnfitError("all examples look up the same rows")
-        size = len(self._sums)
-        example = torch.arange(self._count, device=places.device).view(-1, *(1,) * (places.dim() - 1))
-        pairs, inverse = (example * size + places).flatten().unique(return_inverse=True)
-        own = self._sums.new_zeros(len(pairs), self._sums.shape[1]).index_add_(0, inverse, grad.flatten(0, -2))
+        size, width = self._sums.shape
+        pairs, parts = [], []  # (example, row) as one number, and the gradient there
+        for call, layout, made in zip(self._calls, self._layouts, grads[0], strict=True):
+            (places,), (grad,) = examples_first(call, layout, made, self._count)
+            if places is None:
+                raise UnfitError("all examples look up the same rows")
+            example = torch.arange(self._count, device=places.device).view(-1, *(1,) * (places.dim() - 1))
+            pairs.append((example * size + places).flatten())
+            parts.append(grad.reshape(-1, width).to(self._sums.dtype))
+        looked_up, inverse = torch.cat(pairs).unique(return_inverse=True)
+        own = self._sums.new_zeros(len(looked_up), width).index_add_(0, inverse, torch.cat(parts))
         if self._module.padding_idx is not None:
-            own[pairs % size == self._module.padding_idx] = 0
-        self._sums.index_add_(0, pairs % size, _powered(own, self._power))
+            own[looked_up % size == self._module.padding_idx] = 0
+        self._sums.index_add_(0, looked_up % size, _powered(own, self._power))
 
     def finish(self) -> dict[str, Tensor]:
         """Returns the sums over all examples and directions."""
@@ -161,7 +170,7 @@ class SideBySide:
         self._count = count
         self._power = power
         distinct = {id(p): p for m in self._layers for p in m.parameters() if id(p) in self._names}
-        self._sums = {self._names[key]: torch.zeros_like(p, requires_grad=False) for key, p in distinct.items()}
+        self._sums = {self._names[key]: zeros_for(p) for key, p in distinct.items()}
         gradients = sum(p.numel() * p.element_size() for p in distinct.values())
         entering = sum(_bytes(call) for own in calls for call in own)
         self._rows = max(1, _BUDGET // (gradients + entering // count))

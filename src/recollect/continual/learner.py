@@ -22,6 +22,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Penalty(Protocol):
     """What ``EWC``, ``MAS``, ``SI`` and ``LwF`` have in common."""
 
+    @property
+    def network(self) -> nn.Module: ...
+
+    def extra_repr(self) -> str: ...
+
     def __call__(self) -> Tensor: ...
 
     def consolidate(self, data: Examples, *, outputs: Outputs | None = None) -> None: ...
@@ -41,7 +46,8 @@ class Learner:
         network: Maps inputs to logits ``(b, c)``.
         optimizer: Of its parameters.
         penalty: Added to the loss: ``EWC``, ``MAS``, ``SI`` or ``LwF`` of this network.
-        projection: Corrects the gradient: ``GEM`` or ``AGEM`` of this network. ``AGEM``'s buffer is written to here.
+        projection: Corrects the gradient: ``GEM`` or ``AGEM`` of this network. A ``Ring``, ``Reservoir`` or
+            ``ClassBalanced`` of ``AGEM`` is written to here, at a task's end, as far as ``keep`` says.
         replay: What is stored in it is learned again, as many examples in each step as there are new ones, in one batch
             with them.
         memory: Stores inputs (flattened) and labels, for predictors such as ``MbPA``. It may be the memory of a buffer,
@@ -88,6 +94,14 @@ class Learner:
             raise SettingError(
                 f"epochs and batch must be at least 1 and keep at least 0, got {epochs}, {batch} and {keep}."
             )
+        for name, part in (("penalty", penalty), ("projection", projection)):
+            if part is not None and part.network is not network:
+                raise SettingError(
+                    f"the {name} ({type(part).__name__}) was made for another network than this learner's."
+                )
+        own = {id(p) for p in network.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise SettingError("the optimizer has none of the network's parameters: make it from network.parameters().")
         self.network = network
         self.optimizer = optimizer
         self.penalty = penalty
@@ -129,6 +143,7 @@ class Learner:
     def _learn(self, train: Examples, outputs: Outputs | None) -> None:
         own = None if outputs is None else self._join(outputs)
         self.network.train()
+        kept: list[tuple[Tensor, Tensor]] = []
         for epoch in range(self._epochs):
             written = 0 if epoch == 0 else None
             for inputs, labels in self._batches(train):
@@ -138,12 +153,18 @@ class Learner:
                     )
                 self._step(inputs, labels)
                 if written is not None:
-                    self._store(inputs, labels, written)
+                    room = len(inputs) if self._keep is None else max(0, min(self._keep - written, len(inputs)))
+                    self._store(inputs[:room], labels[:room])
+                    kept += [(inputs[:room], labels[:room])] if room and self._reference() is not None else []
                     written += len(inputs)
         if self.penalty is not None:
             self.penalty.consolidate(train, outputs=outputs)
         if self.projection is not None:
             self.projection.consolidate(train)
+        reference = self._reference()
+        if reference is not None:
+            for inputs, labels in kept:  # a task is no reference for its own gradients
+                reference.write(inputs, labels)
 
     def _batches(self, train: Examples) -> Iterable[tuple[Tensor, Tensor]]:
         pair = as_pair(train)
@@ -175,19 +196,19 @@ class Learner:
             self.projection.project(self._masked_loss)
         self.optimizer.step()
 
-    def _store(self, inputs: Tensor, labels: Tensor, written: int) -> None:
-        room = len(inputs) if self._keep is None else max(0, min(self._keep - written, len(inputs)))
-        for buffer in self._buffers() if room else ():
-            buffer.write(inputs[:room], labels[:room])
-        if room and self.memory is not None and all(buffer.memory is not self.memory for buffer in self._buffers()):
-            self.memory.write(inputs[:room].flatten(1), labels[:room])
+    def _store(self, inputs: Tensor, labels: Tensor) -> None:
+        if len(inputs) and self.replay is not None:
+            self.replay.write(inputs, labels)
+        if len(inputs) and self.memory is not None and all(b.memory is not self.memory for b in self._buffers()):
+            self.memory.write(inputs.flatten(1), labels)
+
+    def _reference(self) -> Buffer | None:
+        """Returns the buffer of ``AGEM``, where it is not the one that is replayed."""
+        own = self.projection.buffer if isinstance(self.projection, AGEM) else None
+        return own if isinstance(own, Buffer) and own is not self.replay else None
 
     def _buffers(self) -> list[Buffer]:
-        found: list[Buffer] = [] if self.replay is None else [self.replay]
-        own = self.projection.buffer if isinstance(self.projection, AGEM) else None
-        if isinstance(own, Buffer) and own is not self.replay:
-            found.append(own)
-        return found
+        return [buffer for buffer in (self.replay, self._reference()) if buffer is not None]
 
     def _masked_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         if self._together.numel():
@@ -196,7 +217,7 @@ class Learner:
                 raise SettingError(
                     f"a task has output {len(self._together) - 1}, but the network has {outputs.shape[1]} outputs."
                 )
-            allowed = self._together.to(outputs.device)[labels]
+            allowed = self._together.to(outputs.device)[labels.long()]
             allowed |= ~allowed.any(1, keepdim=True)  # of a task whose outputs nobody named
             outputs = outputs.masked_fill(~allowed, -torch.inf)
         return self._loss(outputs, labels)
@@ -216,6 +237,11 @@ class Learner:
         parts = {"penalty": self.penalty, "projection": self.projection, "memory": self.memory}
         parts.update((f"buffer-{number}", buffer) for number, buffer in enumerate(self._buffers()))
         return {name: part for name, part in parts.items() if part is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what a learner must have been made with to go on where this one is."""
+        penalty = None if self.penalty is None else f"{type(self.penalty).__name__}({self.penalty.extra_repr()})"
+        return {"epochs": self._epochs, "batch": self._batch, "keep": self._keep, "penalty": penalty}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that learning on depends on."""

@@ -29,9 +29,16 @@ def evaluation(network: nn.Module) -> Iterator[None]:
     """Puts a network into evaluation mode, and each of its modules back into its own mode in the end."""
     modes = [(module, module.training) for module in network.modules()]
     try:
-        for module, _ in modes:  # not network.eval(), which some override; and cuDNN's RNNs need training mode
-            module.training = isinstance(module, nn.RNNBase) and not module.dropout
+        for module, _ in modes:  # not network.eval(), which some override
+            module.training = _needs_training_mode(module)
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _needs_training_mode(module: nn.Module) -> bool:
+    """Whether cuDNN refuses the backward pass in evaluation mode; without dropout the modes are the same."""
+    if type(module) not in {nn.LSTM, nn.GRU, nn.RNN} or not isinstance(module, nn.RNNBase):
+        return False
+    return not module.dropout and any(p.is_cuda for p in module.parameters())

@@ -1,22 +1,21 @@
-"""Penalties that hold a network's parameters near what they were: EWC, MAS and SI.
+"""Penalties that hold a network's parameters near what they were: EWC and MAS.
 
 Each is a module that is called for its scalar, ``loss + penalty()``, and told when a task ends, ``penalty.consolidate(
 data)``. None of them needs to know which task an example belongs to.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recollect.continual.anchors import Anchors, buffer_name
+from recollect.continual.anchors import Anchors
 from recollect.continual.examples import Examples
 from recollect.continual.importance import importances
 from recollect.continual.outputs import Outputs, checked_labels, require_matrix, restricted
-from recollect.errors import SettingError, require, require_choice, require_number
+from recollect.errors import FormatError, SettingError, require, require_choice, require_number
 from recollect.likelihoods import Categorical, Gaussian, Likelihood
 
 
@@ -88,6 +87,7 @@ class EWC(nn.Module):
         self.likelihood = likelihood
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.anchors = Anchors(network)
+        self.register_load_state_dict_pre_hook(_refuse_terms)
 
     def forward(self) -> Float[Tensor, ""]:
         """Returns the penalty at the network's present parameters."""
@@ -115,7 +115,7 @@ class EWC(nn.Module):
         task = restricted(self._directions, outputs)
         drawn = self._generator.get_state()
         try:
-            totals, count = importances(self._network, data, task, power=2, names=self.anchors.names)
+            totals, count = importances(self.network, data, task, power=2, names=self.anchors.names)
         except BaseException:
             self._generator.set_state(drawn)
             raise
@@ -130,7 +130,8 @@ class EWC(nn.Module):
             self.anchors.replace(means)
 
     @property
-    def _network(self) -> nn.Module:
+    def network(self) -> nn.Module:
+        """The network that is held."""
         return self.anchors.network
 
     def _directions(self, outputs: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
@@ -171,6 +172,15 @@ class EWC(nn.Module):
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}, fisher={self.fisher!r}, tasks={self.tasks!r}"
+
+
+def _refuse_terms(penalty: EWC, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    saved = (tensor for name, tensor in state.items() if name.startswith(f"{prefix}anchors.importance:"))
+    if penalty.tasks != "separate" and any(len(tensor) > 1 for tensor in saved):
+        raise FormatError(
+            f"this is the state of a penalty with tasks='separate', and this one has tasks={penalty.tasks!r}. Make it "
+            "with tasks='separate'."
+        )
 
 
 class MAS(nn.Module):
@@ -217,6 +227,11 @@ class MAS(nn.Module):
         """Returns the penalty at the network's present parameters."""
         return self.strength * self.anchors()
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that is held."""
+        return self.anchors.network
+
     def add_gradient(self) -> None:
         """Adds the penalty's gradient to ``.grad``, as ``EWC.add_gradient`` does."""
         self.anchors.add_gradient(self.strength)
@@ -247,124 +262,3 @@ class MAS(nn.Module):
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}, accumulate={self.accumulate!r}"
-
-
-class SI(nn.Module):
-    """Synaptic intelligence: ``strength * sum_i omega_i (theta_i - theta*_i)^2``, importances along the way.
-
-    Each step of the optimizer adds ``-g * (change of theta)`` to a parameter's path integral, ``g`` the gradient of the
-    loss *without* the penalty. At a task's end ``omega <- max(0, omega + path / ((theta - theta*)^2 + damping))``.
-
-    Source: Zenke et al., 2017 (arXiv 1703.04200), and the authors' code, which has 0.1 for strength and damping on
-    permuted MNIST.
-
-    Args:
-        network: Whose parameters are held.
-        optimizer: Trains them. Its steps are watched from now on; a new one is watched after ``watch(optimizer)``.
-        strength: c. Choose it on validation data, over orders of magnitude.
-        damping: xi.
-
-    The gradient is what backward passes have added to ``.grad`` since it was zeroed, less the penalty's part, before
-    any clipping. A loss that is scaled (``GradScaler``) scales the importances with it.
-
-    Raises:
-        SettingError: If a setting is out of range, or the network has no trainable parameter.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Linear(3, 2)
-        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> penalty = SI(net, optimizer)
-        >>> loss = net(torch.eye(3)).square().sum() + penalty()
-        >>> loss.backward()
-        >>> optimizer.step()
-        >>> penalty.consolidate()
-        >>> bool((penalty.anchors.importance("weight") > 0).all())
-        True
-    """
-
-    def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, strength: float = 0.1, *, damping: float = 0.1
-    ) -> None:
-        super().__init__()
-        require_number("strength", strength, low=0.0)
-        require_number("damping", damping, above=0.0)
-        self.strength = strength
-        self.damping = damping
-        self.anchors = Anchors(network)
-        for name, p in self.anchors.live().items():
-            for kind in ("path", "start"):  # the integral of this task, and where it began
-                made = torch.zeros_like(p, requires_grad=False) if kind == "path" else p.detach().clone()
-                self.register_buffer(buffer_name(kind, name), made)
-        self._before: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}  # the penalty's part of what is about to be added to .grad,
-        self._own: dict[str, Tensor] = {}  # of what is in .grad,
-        self._loss: dict[str, Tensor] = {}  # and the rest of it
-        self._handles: list[Any] = []
-        self.watch(optimizer)
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Follows the steps of this optimizer instead of the one before."""
-        require("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._begin()),
-            optimizer.register_step_post_hook(lambda *_: self._end()),
-        ]
-        for name, p in self.anchors.live().items():
-            accumulated = partial(self._accumulated, name)
-            self._handles.append(p.register_post_accumulate_grad_hook(accumulated))
-
-    def forward(self) -> Float[Tensor, ""]:
-        """Returns the penalty at the network's present parameters."""
-        aliases: dict[str, Tensor] = {}
-        self._pending = {}
-        for name, p in self.anchors.live().items():
-            aliases[name] = p.view_as(p)
-            if aliases[name].requires_grad and self.anchors.terms:
-                aliases[name].register_hook(lambda grad, name=name: self._note(name, grad))
-        return self.strength * self.anchors(aliases)
-
-    def _note(self, name: str, grad: Tensor) -> None:
-        p = self.anchors.network.get_parameter(name)
-        if p.grad is None or not bool(p.grad.any()):  # it has been zeroed, whether or not a step was taken
-            self._own.pop(name, None)
-        self._pending[name] = self._pending[name] + grad if name in self._pending else grad.clone()
-
-    def _accumulated(self, name: str, p: Tensor) -> None:
-        if name in self._pending:
-            own = self._pending.pop(name)
-            self._own[name] = self._own[name] + own if name in self._own else own
-        if p.grad is not None:  # a copy: some optimizers change .grad in place
-            self._loss[name] = p.grad - self._own[name] if name in self._own else p.grad.clone()
-
-    def _begin(self) -> None:
-        self._before = {name: p.detach().clone() for name, p in self.anchors.live().items()}
-
-    def _end(self) -> None:
-        for name, p in self.anchors.live().items():
-            if p.grad is not None and name in self._loss:
-                moved = p.detach() - self._before[name]
-                self.get_buffer(buffer_name("path", name)).sub_(self._loss[name] * moved)
-        self._before, self._own, self._loss = {}, {}, {}
-
-    @torch.inference_mode(mode=False)
-    def consolidate(self, data: Examples | None = None, *, outputs: Outputs | None = None) -> None:
-        """Turns the path into importances, and holds the network to where it is.
-
-        Args:
-            data: Not looked at; here so that all penalties are called alike.
-            outputs: Not looked at.
-        """
-        omega: dict[str, Tensor] = {}
-        for name, p in self.anchors.live().items():
-            path, start = self.get_buffer(buffer_name("path", name)), self.get_buffer(buffer_name("start", name))
-            gained = path / ((p.detach() - start).square() + self.damping)
-            omega[name] = (gained + self.anchors.importance(name).sum(0)).clamp_(min=0)
-            path.zero_()
-            start.copy_(p.detach())
-        self.anchors.replace(omega)
-
-    def extra_repr(self) -> str:
-        return f"strength={self.strength}, damping={self.damping}"

@@ -79,6 +79,11 @@ class GEM(nn.Module):
         self.register_buffer("starts", torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_resize)
 
+    @property
+    def network(self) -> nn.Module:
+        """The network whose gradient is corrected."""
+        return self._network[0]
+
     def project(self, loss: Loss = nn.functional.cross_entropy) -> bool:
         """Makes the gradient agree with all stored tasks; call it between ``backward()`` and ``step()``.
 
@@ -136,7 +141,8 @@ class AGEM(nn.Module):
 
     Args:
         network: What is trained: inputs ``(b, ...)`` to outputs. Frozen parameters play no part.
-        buffer: Where the examples come from. It is not in ``state_dict()``: the training loop fills and saves it.
+        buffer: Where the examples of past tasks come from. It is not in ``state_dict()``: the training loop fills it at
+            each task's end, and saves it.
         examples: How many are drawn for each step (256 in the authors' scripts).
 
     Raises:
@@ -160,6 +166,11 @@ class AGEM(nn.Module):
         require("buffer", buffer, Buffer, "a replay buffer, with sample(count) and len()")
         self.examples = examples
         self._parts = (network, buffer)  # in a tuple: no submodules
+
+    @property
+    def network(self) -> nn.Module:
+        """The network whose gradient is corrected."""
+        return self._parts[0]
 
     @property
     def buffer(self) -> Buffer:

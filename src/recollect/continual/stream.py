@@ -86,7 +86,9 @@ def run(
     """Learns tasks in sequence, and after each judges predictors by all tasks so far and by the next.
 
     With a checkpoint, all that has been learned and measured is kept after each task: the same call, with a learner
-    made alike and the same tasks, goes on there after a ``kill -9`` and ends as if it had not been stopped.
+    made alike and the same tasks, goes on there after a ``kill -9`` and ends as if it had not been stopped. The global
+    random state on the CPU, which dropout and loaders draw from, is then set to what it was; that of other devices and
+    of a loader's own generator is not kept.
 
     Args:
         learner: What learns; fresh, or stopped.
@@ -98,7 +100,7 @@ def run(
         examples: How many test examples of each task count, the first ones: for all predictors, or for each by name.
             None: all.
         checkpoint: The file. It stays when all tasks are learned.
-        settings: What the checkpoint must have been made with.
+        settings: What the checkpoint must have been made with, beside the learner's own settings.
         after: Called with the number of tasks learned, after each.
 
     Returns:
@@ -119,10 +121,12 @@ def run(
     """
     predictors = {"network": learner.network} if predictors is None else dict(predictors)
     judge = _Judge(learner.network, predictors, _limits(predictors, examples))
-    saved = None if checkpoint is None else checkpoints.read(checkpoint, run=settings or {})
+    made_with = {**learner.settings(), **(settings or {})}
+    saved = None if checkpoint is None else checkpoints.read(Path(checkpoint), run=made_with)
     if saved is not None:
         learner.load_state_dict(saved["learner"])
         judge.load_state_dict(saved["judge"])
+        torch.set_rng_state(saved["random"])  # dropout and loaders draw from it
     elif learner.learned:
         raise SettingError("the learner has learned already. Make a new one, or name the checkpoint of its run.")
     done = learner.learned
@@ -135,8 +139,8 @@ def run(
         learner.learn(train, outputs=rest[0] if rest else None)
         judge.measure()
         if checkpoint is not None:
-            state = {"learner": learner.state_dict(), "judge": judge.state_dict()}
-            checkpoints.write(checkpoint, state, run=settings or {})
+            state = {"learner": learner.state_dict(), "judge": judge.state_dict(), "random": torch.get_rng_state()}
+            checkpoints.write(Path(checkpoint), state, run=made_with)
         if after is not None:
             after(number)
     if number == 0 or number < done:
@@ -246,10 +250,11 @@ def accuracy(
                 raise ShapeError(f"labels must have shape (b,), one number for each input, got {tuple(labels.shape)}.")
             room = len(inputs) if examples is None else min(len(inputs), examples - total)
             scores = predictor(inputs[:room])
+            places = torch.arange(scores.shape[1], device=scores.device)
             if outputs is not None:
-                mask = output_mask(outputs, scores.shape[1]).to(scores.device)
-                scores = scores.masked_fill(~mask, -torch.inf)
-            right += int((scores.argmax(1) == labels[:room]).sum())
+                places = places[output_mask(outputs, scores.shape[1]).to(scores.device)]
+            answers = places[scores[:, places].argmax(1)]
+            right += int((answers == labels[:room].to(answers.device)).sum())
             total += room
             if total == examples:
                 break

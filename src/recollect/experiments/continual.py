@@ -157,8 +157,10 @@ class _Work:
                     continue
                 tasks = tasks or self._make(seed, validation=False)
                 for method, accuracies in self._results(base, together, tasks, seed).items():
-                    row = reports.to_row(accuracies)
-                    self._record.add(**self._key(method, seed), strength=self.best(method), **row)
+                    if self._record.find(**self._key(method, seed)) is None:
+                        row = reports.to_row(accuracies)
+                        self._record.add(**self._key(method, seed), strength=self.best(method), **row)
+                self._checkpoint(base, seed).unlink(missing_ok=True)
                 progress.advance(cost, f"{self._name}, seed {seed}: {', '.join(together)}")
 
     def _key(self, method: str, seed: int) -> dict[str, Any]:
@@ -172,17 +174,17 @@ class _Work:
             matrix[-1] = last
             return {base: Accuracies(matrix, torch.full((len(tasks),), torch.nan))}
         contender = self._contender(base, self.best(base), seed)
-        checkpoint = self._record.folder / "checkpoints" / f"{self._name}-{base}-{seed}.safetensors"
-        results = learn(
+        return learn(
             contender.learner,
             tasks,
             predictors={method: contender.predictor(method, self.best(method)) for method in together},
             examples={method: self._limit(method) for method in together},
-            checkpoint=checkpoint,
+            checkpoint=self._checkpoint(base, seed),
             settings={"strength": self.best(base), **dataclasses.asdict(setting)},
         )
-        checkpoint.unlink()
-        return results
+
+    def _checkpoint(self, base: str, seed: int) -> Path:
+        return self._record.folder / "checkpoints" / f"{self._name}-{base}-{seed}.safetensors"
 
     def _limit(self, method: str) -> int:
         return self._adapted if method in ADAPTED else self._test

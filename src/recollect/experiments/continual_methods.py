@@ -96,7 +96,7 @@ METHODS = {
     "mas-last": Method("MAS, last task only", _DECADES["mas"], (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
     "si": Method("SI", _DECADES["si"], (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3)),
     "lwf": Method("LwF", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
-    "gem": Method("GEM", (0.0, 0.5)),
+    "gem": Method("GEM", (0.0, 0.25, 0.5, 1.0)),
     "agem": Method("A-GEM"),
     "replay": Method("replay"),
     "vote": Method("k-NN vote"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from recollect.continual import Accuracies
 from recollect.experiments import plots
 from recollect.experiments.continual_methods import METHODS, STREAMS
-from recollect.experiments.runner import Run
+from recollect.experiments.runner import Run, read_rows
 
 _COLORS = {
     "naive": plots.GRAY,
@@ -28,7 +28,8 @@ _COLORS = {
 
 
 def report(record: Run, seeds: int) -> str:
-    """Writes the tables and the figures of what a run holds, and returns the tables."""
+    """Writes the tables and the figures of what a run's folder holds by now, and returns the tables."""
+    record.rows = read_rows(record.folder / "results.jsonl")  # other processes may have worked on other streams
     streams = [name for name in STREAMS if any(_of(record, name, part="test"))]
     table = "\n".join([*(_results(record, name, seeds) for name in streams), _grids(record)])
     record.write_table(table)
