@@ -183,7 +183,8 @@ def public_objects() -> dict[str, object]:
         found[name] = thing
         if isinstance(thing, types.ModuleType):
             for inner, part in vars(thing).items():
-                own = getattr(part, "__module__", None) == thing.__name__ and callable(part)
+                own = inner in vars(thing).get("__all__", ()) or getattr(part, "__module__", None) == thing.__name__
+                own = own and callable(part)
                 if own and not inner.startswith("_") and not getattr(part, "_is_protocol", False):
                     found[f"{name}.{inner}"] = part
     return found
