@@ -1195,3 +1195,38 @@ def test_settings_of_si() -> None:
 def test_si_needs_an_optimizer() -> None:
     with pytest.raises(SettingError, match=r"optimizer must be a torch.optim.Optimizer, got"):
         SI(plain(), 0.1)
+
+
+def test_si_says_which_parameter_moved_unseen() -> None:
+    network, data = plain(), task()
+    head, body = torch.optim.SGD(network[-1].parameters(), 0.1), torch.optim.SGD(network[0].parameters(), 0.1)
+    penalty = SI(network, head)
+    (nn.functional.cross_entropy(network(data[0]), data[1]) + penalty()).backward()
+    head.step()
+    body.step()
+    with pytest.raises(SettingError, match=r"0\.\w+ has changed by steps that were not seen"):
+        penalty.consolidate()
+
+
+def test_si_follows_parameters_that_an_optimizer_takes_in_later() -> None:
+    network, data = plain(), task()
+    optimizer = torch.optim.SGD(network[-1].parameters(), 0.1)
+    penalty = SI(network, optimizer)
+    optimizer.add_param_group({"params": list(network[0].parameters())})
+    si_step(network, optimizer, penalty, data)
+    penalty.consolidate()
+    assert bool((penalty.anchors.importance("0.weight") > 0).any())
+
+
+def test_a_sparse_gradient_takes_the_penalty_too() -> None:
+    network = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    penalty = MAS(network, 2.0)
+    tokens = torch.tensor([[0, 1], [1, 4]])
+    penalty.consolidate(tokens)
+    move(network)
+    loss = network(tokens).square().sum()
+    loss.backward()
+    penalty.add_gradient()
+    added, network[0].weight.grad = network[0].weight.grad, None
+    (network(tokens).square().sum() + penalty()).backward()
+    torch.testing.assert_close(added, network[0].weight.grad.to_dense())

@@ -475,11 +475,12 @@ def test_after_is_told_how_many_when_they_are_kept(tmp_path: Path) -> None:
     told = []
 
     def after(number: int) -> None:
-        kept = checkpoint.read(tmp_path / "c", run={**learner.settings(), "a": 1})
+        kept = checkpoint.read(tmp_path / "c", run=made_with)
         assert kept is not None
         told.append((number, int(kept["learner"]["learned"])))
 
     learner = made()[0]
+    made_with = {"learner": learner.settings(), "examples": {"network": None}, "settings": {"a": 1}}
     run(learner, stream(3), checkpoint=tmp_path / "c", settings={"a": 1}, after=after)
     assert told == [(1, 1), (2, 2), (3, 3)]
     assert (tmp_path / "c").exists()

@@ -88,6 +88,9 @@ def test_the_weaker_of_equally_good_strengths_is_chosen(tmp_path: Path) -> None:
     record.add(stream="rotated", part="validation", method="ewc", strength=99.0, accuracy=1.0)
     work = continual._Work(record, "permuted", {"ewc"}, seeds=1, tasks=1, examples=1, test=1, adapted=1)
     assert work.best("ewc") == 1.0
+    old = {"stream": "permuted", "part": "test", "method": "ewc", "seed": 0, "matrix": [[0.5]], "initial": [0.1]}
+    record.add(**old, strength=3.0)  # from before the grid had its best point
+    assert continual_report._accuracies(record, "permuted", "ewc", 1) == []
     assert work.best("naive") == 0.0
 
 

@@ -92,6 +92,8 @@ class Anchors(nn.Module):
                     continue
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
+                elif p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
                 for importance, anchor in zip(self.importance(name), self.anchor(name), strict=True):
                     if importance.dtype == p.grad.dtype:
                         p.grad.addcmul_(importance, p - anchor, value=2 * factor)

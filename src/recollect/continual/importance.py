@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.continual.examples import Batch, Examples, batches
-from recollect.continual.layerwise import Part, parts_of, zeros_for
+from recollect.continual.layerwise import Part, parts_of, powered, zeros_for
 from recollect.continual.modes import aside, evaluation
 from recollect.continual.recording import Layout, UnfitError, layouts, record, require_fit, units
 from recollect.errors import NonFiniteError
@@ -88,10 +88,9 @@ def _sums(
             total.add_(sums[name])
         count += len(batch.inputs)
     for name, total in totals.items():
-        if not bool(total.isfinite().all()):
+        if not bool(total.isfinite().all() and parameters[name].isfinite().all()):
             raise NonFiniteError(
-                f"the gradients of {name} are not finite, so its importances would not be either. Check the network "
-                "and the data."
+                f"{name} or its gradients are not finite, so it cannot be held. Check the network and the data."
             )
     return totals, count
 
@@ -118,7 +117,7 @@ class OneByOne:
                     output, list(self._parameters.values()), direction, retain_graph=True, materialize_grads=True
                 )
                 for total, grad in zip(totals.values(), grads, strict=True):
-                    total.add_(grad.abs().pow(power))
+                    total.add_(powered(grad, power))
         return totals
 
 

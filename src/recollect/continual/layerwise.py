@@ -103,13 +103,13 @@ class Rows:
     def add(self, grads: list[Grads]) -> None:
         """Takes the gradients of one direction. The inputs are the same for all of them, so that these add up."""
         grad = grads[0][0][0].reshape(self._grads.shape)
-        self._grads.add_(_powered(grad, self._power))
+        self._grads.add_(powered(grad, self._power))
 
     def finish(self) -> dict[str, Tensor]:
         """Returns the sums over all examples and directions."""
         sums = {}
         if self._weight is not None:
-            sums[self._weight] = self._grads.T @ _powered(self._inputs, self._power).to(self._grads.dtype)
+            sums[self._weight] = self._grads.T @ powered(self._inputs, self._power)
         if self._bias is not None:
             sums[self._bias] = self._grads.sum(0)
         return sums
@@ -146,7 +146,7 @@ class Lookup:
         own = self._sums.new_zeros(len(looked_up), width).index_add_(0, inverse, torch.cat(parts))
         if self._module.padding_idx is not None:
             own[looked_up % size == self._module.padding_idx] = 0
-        self._sums.index_add_(0, looked_up % size, _powered(own, self._power))
+        self._sums.index_add_(0, looked_up % size, powered(own, self._power))
 
     def finish(self) -> dict[str, Tensor]:
         """Returns the sums over all examples and directions."""
@@ -190,7 +190,7 @@ class SideBySide:
                         if known is not None:
                             own[known] = own[known] + parts[name] if known in own else parts[name]
             for name, part in own.items():
-                self._sums[name].add_(_powered(part, self._power).sum(0))
+                self._sums[name].add_(powered(part, self._power).sum(0))
 
     def finish(self) -> dict[str, Tensor]:
         """Returns the sums over all examples and directions."""
@@ -201,8 +201,10 @@ def _bytes(call: Call) -> int:
     return sum(t.numel() * t.element_size() for t in (*call.inputs, *call.outputs))
 
 
-def _powered(tensor: Tensor, power: int) -> Tensor:
-    return tensor.square() if power == 2 else tensor.abs()
+def powered(tensor: Tensor, power: int) -> Tensor:
+    """Returns squares or absolute values, at least in single precision: squares leave the range of halves."""
+    single = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return single.square() if power == 2 else single.abs()
 
 
 def _gradients(module: nn.Module, call: Call, inputs: list[Tensor | None], grads: list[Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ class Learner:
     """Trains one network on one task after another.
 
     A task is what is learned between two consolidations. Where nobody says when one ends, pass the stream in pieces of
-    any size: replay, ``AGEM`` and memories take no notice of where one piece ends, and penalties consolidate there.
+    any size: replay and memories take no notice of where one ends (but ``keep`` counts in each), penalties and ``GEM``
+    consolidate there, and what ``AGEM`` keeps of a piece is its reference from then on.
 
     Args:
         network: Maps inputs to logits ``(b, c)``.
@@ -90,6 +91,10 @@ class Learner:
     ) -> None:
         require("network", network, nn.Module, "a torch.nn.Module")
         require("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise SettingError(
+                "a Learner takes one step for each gradient, and LBFGS takes several. Use another optimizer."
+            )
         if min(epochs, batch) < 1 or (keep is not None and keep < 0):
             raise SettingError(
                 f"epochs and batch must be at least 1 and keep at least 0, got {epochs}, {batch} and {keep}."
@@ -189,6 +194,7 @@ class Learner:
         if self.penalty is not None and not isinstance(self.penalty, EWC | MAS):
             loss = loss + self.penalty()
         self.optimizer.zero_grad()
+        self.network.zero_grad()  # the optimizer may have a part of it only
         loss.backward()
         if isinstance(self.penalty, EWC | MAS):
             self.penalty.add_gradient()  # as (loss + penalty()).backward() would, in fewer passes
@@ -205,7 +211,9 @@ class Learner:
     def _reference(self) -> Buffer | None:
         """Returns the buffer of ``AGEM``, where it is not the one that is replayed."""
         own = self.projection.buffer if isinstance(self.projection, AGEM) else None
-        return own if isinstance(own, Buffer) and own is not self.replay else None
+        if not isinstance(own, Buffer) or (self.replay is not None and own.memory is self.replay.memory):
+            return None
+        return own
 
     def _buffers(self) -> list[Buffer]:
         return [buffer for buffer in (self.replay, self._reference()) if buffer is not None]
@@ -240,8 +248,10 @@ class Learner:
 
     def settings(self) -> dict[str, Any]:
         """Returns what a learner must have been made with to go on where this one is."""
-        penalty = None if self.penalty is None else f"{type(self.penalty).__name__}({self.penalty.extra_repr()})"
-        return {"epochs": self._epochs, "batch": self._batch, "keep": self._keep, "penalty": penalty}
+        parts = {"penalty": self.penalty, "projection": self.projection}
+        named = {key: part and f"{type(part).__name__}({part.extra_repr()})" for key, part in parts.items()}
+        buffers = [type(buffer).__name__ for buffer in self._buffers()]
+        return {"epochs": self._epochs, "batch": self._batch, "keep": self._keep, **named, "buffers": buffers}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that learning on depends on."""

@@ -65,6 +65,7 @@ class SI(nn.Module):
                 made = torch.zeros_like(p, requires_grad=False) if kind == "path" else p.detach().clone()
                 self.register_buffer(buffer_name(kind, name), made)
         self.register_buffer("steps", torch.tensor(0))  # seen in this task
+        self._stepped: set[str] = set()  # the parameters of those steps
         self._before: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}  # the penalty's part of what is about to be added to .grad,
         self._own: dict[str, Tensor] = {}  # of what is in .grad,
@@ -91,10 +92,8 @@ class SI(nn.Module):
             handle.remove()
         self._handles = []
         for optimizer in optimizers:
-            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            names = [name for name, p in self.anchors.live().items() if id(p) in own]
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_, names=names: self._begin(names)))
-            self._handles.append(optimizer.register_step_post_hook(lambda *_, names=names: self._end(names)))
+            self._handles.append(optimizer.register_step_pre_hook(lambda steps, *_: self._begin(steps)))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._end()))
         for name, p in self.anchors.live().items():
             accumulated = partial(self._accumulated, name)
             self._handles.append(p.register_post_accumulate_grad_hook(accumulated))
@@ -122,18 +121,20 @@ class SI(nn.Module):
         if p.grad is not None:  # a copy: some optimizers change .grad in place
             self._loss[name] = p.grad - self._own[name] if name in self._own else p.grad.clone()
 
-    def _begin(self, names: list[str]) -> None:
-        live = self.anchors.live()
-        self._before.update((name, live[name].detach().clone()) for name in names)
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._before = {name: p.detach().clone() for name, p in self.anchors.live().items() if id(p) in own}
 
-    def _end(self, names: list[str]) -> None:
+    def _end(self) -> None:
         live = self.anchors.live()
-        for name in names:
-            before, loss = self._before.pop(name), self._loss.pop(name, None)
+        for name, before in self._before.items():
+            loss = self._loss.pop(name, None)
             self._own.pop(name, None)
+            self._stepped.add(name)
             if live[name].grad is not None and loss is not None:
                 self.get_buffer(buffer_name("path", name)).sub_(loss * (live[name].detach() - before))
-        self.steps += 1 if names else 0
+        self.steps += 1 if self._before else 0
+        self._before = {}
 
     @torch.inference_mode(mode=False)
     def consolidate(self, data: Examples | None = None, *, outputs: Outputs | None = None) -> None:
@@ -144,7 +145,8 @@ class SI(nn.Module):
             outputs: Not looked at.
 
         Raises:
-            SettingError: If no step of an optimizer has been seen since the last task.
+            SettingError: If no step of an optimizer has been seen since the last task, or a parameter has changed
+                by others.
             NonFiniteError: If a parameter or its path is not finite. The penalty stays as it was.
         """
         if not int(self.steps):
@@ -155,6 +157,10 @@ class SI(nn.Module):
         omega: dict[str, Tensor] = {}
         for name, p in self.anchors.live().items():
             path, start = self.get_buffer(buffer_name("path", name)), self.get_buffer(buffer_name("start", name))
+            if name not in self._stepped and not bool(path.any()) and not torch.equal(p.detach(), start):
+                raise SettingError(
+                    f"{name} has changed by steps that were not seen. Call watch(*optimizers) with all that train it."
+                )
             gained = path / ((p.detach() - start).square() + self.damping)
             omega[name] = (gained + self.anchors.importance(name).sum(0)).clamp_(min=0)
             if not bool(omega[name].isfinite().all()):
@@ -165,6 +171,7 @@ class SI(nn.Module):
             self.get_buffer(buffer_name("path", name)).zero_()
             self.get_buffer(buffer_name("start", name)).copy_(p.detach())
         self.steps.zero_()
+        self._stepped = set()
         self.anchors.replace(omega)
 
     def extra_repr(self) -> str:

@@ -110,7 +110,8 @@ class EWC(nn.Module):
             outputs: The outputs that the task has, where the network has more; labels are numbers of outputs still.
 
         Raises:
-            SettingError, ShapeError, DtypeError, LabelError: If the data do not fit. The penalty stays as it was.
+            SettingError, ShapeError, DtypeError, LabelError: If the data do not fit.
+            NonFiniteError: If a parameter or an importance is not finite. The penalty stays as it was, as always.
         """
         task = restricted(self._directions, outputs)
         drawn = self._generator.get_state()
@@ -171,7 +172,8 @@ class EWC(nn.Module):
         self._generator.set_state(state.cpu())
 
     def extra_repr(self) -> str:
-        return f"strength={self.strength}, fisher={self.fisher!r}, tasks={self.tasks!r}"
+        decay = f", decay={self.decay}" if self.tasks == "online" else ""
+        return f"strength={self.strength}, fisher={self.fisher!r}, tasks={self.tasks!r}{decay}, {self.likelihood}"
 
 
 def _refuse_terms(penalty: EWC, state: Mapping[str, Any], prefix: str, *_: object) -> None:
@@ -245,7 +247,8 @@ class MAS(nn.Module):
             outputs: The outputs that the task has, where the network has more.
 
         Raises:
-            SettingError, ShapeError, DtypeError: If the data do not fit. The penalty stays as it was.
+            SettingError, ShapeError, DtypeError: If the data do not fit.
+            NonFiniteError: If a parameter or an importance is not finite. The penalty stays as it was, as always.
         """
 
         task = restricted(lambda outputs, _: iter([2 * outputs]), outputs)

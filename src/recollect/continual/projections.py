@@ -84,6 +84,9 @@ class GEM(nn.Module):
         """The network whose gradient is corrected."""
         return self._network[0]
 
+    def extra_repr(self) -> str:
+        return f"examples={self.examples}, margin={self.margin}"
+
     def project(self, loss: Loss = nn.functional.cross_entropy) -> bool:
         """Makes the gradient agree with all stored tasks; call it between ``backward()`` and ``step()``.
 
@@ -171,6 +174,9 @@ class AGEM(nn.Module):
     def network(self) -> nn.Module:
         """The network whose gradient is corrected."""
         return self._parts[0]
+
+    def extra_repr(self) -> str:
+        return f"examples={self.examples}"
 
     @property
     def buffer(self) -> Buffer:

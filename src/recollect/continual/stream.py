@@ -36,6 +36,12 @@ class Accuracies(NamedTuple):
     0 to i. What lies above its first superdiagonal was not measured and is NaN. ``initial[j]`` is the untrained
     network's accuracy on task j. Means are over the tasks that can count: T for the average, T - 1 for transfer and
     forgetting (the code of GEM divides by T, so its transfers are (T - 1) / T of these), which are NaN for one task.
+
+    Example:
+        >>> import torch
+        >>> results = Accuracies(torch.tensor([[0.75, 0.5], [0.5, 1.0]]), torch.tensor([0.25, 0.25]))
+        >>> results.average, results.backward_transfer, results.forward_transfer, results.forgetting
+        (0.75, -0.25, 0.25, 0.25)
     """
 
     matrix: Float[Tensor, "t t"]
@@ -120,13 +126,13 @@ def run(
         1.0
     """
     predictors = {"network": learner.network} if predictors is None else dict(predictors)
-    judge = _Judge(learner.network, predictors, _limits(predictors, examples))
-    made_with = {**learner.settings(), **(settings or {})}
+    limits = _limits(predictors, examples)
+    made_with = {"learner": learner.settings(), "examples": limits, "settings": dict(settings or {})}
+    judge = _Judge(learner.network, predictors, limits)
     saved = None if checkpoint is None else checkpoints.read(Path(checkpoint), run=made_with)
     if saved is not None:
         learner.load_state_dict(saved["learner"])
         judge.load_state_dict(saved["judge"])
-        torch.set_rng_state(saved["random"])  # dropout and loaders draw from it
     elif learner.learned:
         raise SettingError("the learner has learned already. Make a new one, or name the checkpoint of its run.")
     done = learner.learned
@@ -134,6 +140,8 @@ def run(
     for number, task in enumerate(tasks, 1):
         train, test, *rest = task
         judge.meet(test, rest[0] if rest else None, new=number > done)
+        if saved is not None and number == done:
+            torch.set_rng_state(saved["random"])  # dropout and loaders draw from it
         if number <= done:
             continue
         learner.learn(train, outputs=rest[0] if rest else None)

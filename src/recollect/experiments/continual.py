@@ -141,9 +141,7 @@ class _Work:
 
     def best(self, method: str) -> float:
         """Returns the strength with the highest accuracy on validation images (the weaker of equals)."""
-        rows = [r for r in self._record.rows if r["stream"] == self._name and r["part"] == "validation"]
-        own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["strength"])
-        return max(own, key=lambda r: r["accuracy"])["strength"] if own else 0.0
+        return reports.best(self._record.rows, self._name, method)
 
     def test(self, progress: Progress) -> None:
         """Trains each seed's networks with the best strengths and records their accuracies on test images."""
@@ -159,12 +157,13 @@ class _Work:
                 for method, accuracies in self._results(base, together, tasks, seed).items():
                     if self._record.find(**self._key(method, seed)) is None:
                         row = reports.to_row(accuracies)
-                        self._record.add(**self._key(method, seed), strength=self.best(method), **row)
+                        self._record.add(**self._key(method, seed), **row)
                 self._checkpoint(base, seed).unlink(missing_ok=True)
                 progress.advance(cost, f"{self._name}, seed {seed}: {', '.join(together)}")
 
     def _key(self, method: str, seed: int) -> dict[str, Any]:
-        return {"stream": self._name, "part": "test", "method": method, "seed": seed}
+        strength = self.best(method)
+        return {"stream": self._name, "part": "test", "method": method, "seed": seed, "strength": strength}
 
     def _results(self, base: str, together: list[str], tasks: list[Task], seed: int) -> dict[str, Accuracies]:
         setting = self._setting(seed)

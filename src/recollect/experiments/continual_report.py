@@ -45,8 +45,15 @@ def _of(record: Run, stream: str, **key: Any) -> list[dict[str, Any]]:
 
 
 def _accuracies(record: Run, stream: str, method: str, seeds: int) -> list[Accuracies]:
-    rows = [row for row in _of(record, stream, part="test", method=method) if row["seed"] < seeds]
+    strength = best(record.rows, stream, method)  # rows of others were made before a grid grew
+    rows = [row for row in _of(record, stream, part="test", method=method, strength=strength) if row["seed"] < seeds]
     return [_from_row(row) for row in rows]
+
+
+def best(rows: list[dict[str, Any]], stream: str, method: str) -> float:
+    """Returns the strength with the highest accuracy on validation images, the weaker of equals; 0 without a grid."""
+    own = [r for r in rows if (r["stream"], r["part"], r["method"]) == (stream, "validation", method)]
+    return max(sorted(own, key=lambda r: r["strength"]), key=lambda r: r["accuracy"])["strength"] if own else 0.0
 
 
 def to_row(accuracies: Accuracies) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def _results(record: Run, stream: str, seeds: int) -> str:
         found = _accuracies(record, stream, method, seeds)
         if not found:
             continue
-        strength = _of(record, stream, part="test", method=method)[0]["strength"]
+        strength = best(record.rows, stream, method)
         numbers = [_cell([a.average for a in found])]
         if method == "joint":
             numbers += ["", "", ""]
