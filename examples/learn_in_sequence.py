@@ -33,7 +33,7 @@ def learn(companion: str, seed: int = 0) -> dict[str, Accuracies]:
     )
     adaptation = LocalAdaptation(rules.sgd(0.07), steps=10)
     adapted = MbPA(network, memory, neighbors=24, adaptation=adaptation, kernel=gaussian(0.7))
-    return run(learner, tasks, predictors={"network": network, "with memory": adapted}, examples=200)
+    return run(learner, tasks, predictors={"network": network, "with memory": adapted}, examples=100)
 
 
 def main() -> None:
