@@ -740,10 +740,11 @@ class Poisson:
         return outputs.exp()
 
     def fit_constant(self, values: Tensor, weights: Tensor, size: int | None) -> Tensor:
-        raise NotImplementedError
+        return (weights.unsqueeze(-1) * values).sum(-2).log()
 
     def check_values(self, values: Tensor, size: int) -> None:
-        raise NotImplementedError
+        if bool((values < 0).any()) or values.shape[-1] != size:
+            raise ShapeError(f"{size} counts are needed, got {values}.")
 
 
 def test_a_likelihood_of_ones_own_has_an_empirical_fisher() -> None:

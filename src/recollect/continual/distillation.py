@@ -54,8 +54,11 @@ class LwF(nn.Module):
         self.register_buffer("groups", torch.zeros(0, 0, dtype=torch.bool))  # outputs that make one distribution
         self._network = (network,)  # in a tuple: a submodule would come into parameters() and state_dict()
         self._seen: tuple[Any, Tensor] | None = None
-        self._handle = network.register_forward_hook(_Watch(self), with_kwargs=True)
+        self._watch()
         self.register_load_state_dict_pre_hook(_make_room)
+
+    def _watch(self) -> None:
+        self._handle = self._network[0].register_forward_hook(_Watch(self), with_kwargs=True)
 
     @property
     def network(self) -> nn.Module:
@@ -120,7 +123,7 @@ class LwF(nn.Module):
         try:
             return copy.deepcopy(self._network[0]).requires_grad_(requires_grad=False).eval()
         finally:
-            self._handle = self._network[0].register_forward_hook(_Watch(self), with_kwargs=True)
+            self._watch()
 
     def __getstate__(self) -> dict[str, Any]:  # for copies: of this and the network together, and of this alone
         return {name: value for name, value in self.__dict__.items() if name not in {"_handle", "_seen"}}
@@ -128,7 +131,7 @@ class LwF(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._seen = None
-        self._handle = self._network[0].register_forward_hook(_Watch(self), with_kwargs=True)
+        self._watch()
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}, temperature={self.temperature}"

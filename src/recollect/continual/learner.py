@@ -1,5 +1,6 @@
 """``Learner``: a network, its optimizer, and what keeps it from forgetting, task by task."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -148,28 +149,29 @@ class Learner:
     def _learn(self, train: Examples, outputs: Outputs | None) -> None:
         own = None if outputs is None else self._join(outputs)
         self.network.train()
+        room = sys.maxsize if self._keep is None else self._keep  # for examples still to be stored
+        reference = self._reference()
         kept: list[tuple[Tensor, Tensor]] = []
         for epoch in range(self._epochs):
-            written = 0 if epoch == 0 else None
             for inputs, labels in self._batches(train):
                 if own is not None and not set(labels.unique().tolist()) <= own:
                     raise LabelError(
                         f"labels must be among the task's outputs {sorted(own)}, got {labels.unique().tolist()}."
                     )
                 self._step(inputs, labels)
-                if written is not None:
-                    room = len(inputs) if self._keep is None else max(0, min(self._keep - written, len(inputs)))
-                    self._store(inputs[:room], labels[:room])
-                    kept += [(inputs[:room], labels[:room])] if room and self._reference() is not None else []
-                    written += len(inputs)
+                if epoch == 0 and room > 0:
+                    first = inputs[:room], labels[:room]
+                    self._store(*first)
+                    if reference is not None:
+                        kept.append(first)
+                    room -= len(first[0])
         if self.penalty is not None:
             self.penalty.consolidate(train, outputs=outputs)
         if self.projection is not None:
             self.projection.consolidate(train)
-        reference = self._reference()
         if reference is not None:
-            for inputs, labels in kept:  # a task is no reference for its own gradients
-                reference.write(inputs, labels)
+            for first in kept:  # a task is no reference for its own gradients
+                reference.write(*first)
 
     def _batches(self, train: Examples) -> Iterable[tuple[Tensor, Tensor]]:
         pair = as_pair(train)
@@ -203,9 +205,9 @@ class Learner:
         self.optimizer.step()
 
     def _store(self, inputs: Tensor, labels: Tensor) -> None:
-        if len(inputs) and self.replay is not None:
+        if self.replay is not None:
             self.replay.write(inputs, labels)
-        if len(inputs) and self.memory is not None and all(b.memory is not self.memory for b in self._buffers()):
+        if self.memory is not None and all(b.memory is not self.memory for b in self._buffers()):
             self.memory.write(inputs.flatten(1), labels)
 
     def _reference(self) -> Buffer | None:

@@ -250,7 +250,6 @@ class MAS(nn.Module):
             SettingError, ShapeError, DtypeError: If the data do not fit.
             NonFiniteError: If a parameter or an importance is not finite. The penalty stays as it was, as always.
         """
-
         task = restricted(lambda outputs, _: iter([2 * outputs]), outputs)
         totals, examples = importances(
             self.anchors.network, data, lambda full, _: task(full, None), power=1, names=self.anchors.names
@@ -258,9 +257,11 @@ class MAS(nn.Module):
         self.count += 1
         new = {name: total / examples for name, total in totals.items()}
         if self.anchors.terms and self.accumulate != "last":
-            share = 1.0 / float(self.count) if self.accumulate == "average" else 1.0
-            kept = 1.0 - share if self.accumulate == "average" else 1.0
-            new = {name: kept * self.anchors.importance(name)[0] + share * part for name, part in new.items()}
+            old = {name: self.anchors.importance(name)[0] for name in new}
+            if self.accumulate == "sum":
+                new = {name: old[name] + part for name, part in new.items()}
+            else:
+                new = {name: old[name] + (part - old[name]) / self.count for name, part in new.items()}
         self.anchors.replace(new)
 
     def extra_repr(self) -> str:

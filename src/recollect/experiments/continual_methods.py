@@ -28,14 +28,6 @@ class Stream:
     published: Mapping[str, str]  # accuracies of others, by method; the source is in docs/continual.md
 
 
-def _permuted(train: Dataset, test: Dataset, *, tasks: int, examples: int, generator: torch.Generator):
-    return permuted(train, test, tasks=tasks, examples=examples, generator=generator)
-
-
-def _rotated(train: Dataset, test: Dataset, *, tasks: int, examples: int, generator: torch.Generator):
-    return rotated(train, test, tasks=tasks, examples=examples, generator=generator)
-
-
 def _split(scenario: Any):
     def make(train: Dataset, test: Dataset, *, tasks: int, examples: int, generator: torch.Generator):
         parts = split(train, test, scenario=scenario, examples=min(examples, 8_500), generator=generator)
@@ -56,8 +48,8 @@ _GT_RIPL = {
 }
 
 STREAMS = {
-    "permuted": Stream("permuted MNIST, 20 tasks", 20, 256, 1, 250, _permuted, _AGEM),
-    "rotated": Stream("rotated MNIST, 10 tasks", 10, 256, 1, 250, _rotated, {}),
+    "permuted": Stream("permuted MNIST, 20 tasks", 20, 256, 1, 250, permuted, _AGEM),
+    "rotated": Stream("rotated MNIST, 10 tasks", 10, 256, 1, 250, rotated, {}),
     **{
         f"split-{scenario}": Stream(
             f"split MNIST, {scenario}-incremental",
