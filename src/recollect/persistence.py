@@ -64,7 +64,8 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {
     NonParametric: ("memory", "classes", "neighbors", "kernel", "likelihood"),
     MbPA: ("head", "memory", "neighbors", "adaptation", "kernel", "likelihood"),
 }
-_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ()}  # a memory's are the shapes and dtypes of its tensors
+# A memory's other arguments are the shapes and dtypes of its tensors.
+_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",)}
 _MODULES = {kind.__name__: kind for kind in _ARGUMENTS}
 _KERNELS, _LIKELIHOODS = (inverse_distance, gaussian, dot_product), (Categorical, Gaussian)
 _ADAPTATIONS = (LocalAdaptation, rules.sgd, rules.rmsprop, rules.adam)
@@ -311,9 +312,16 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
     """Returns a module of this kind; a layer comes with its tensors on the meta device."""
     if kind is EpisodicMemory:
         keys, values = state["keys"], state["values"]
-        capacity, key_size = keys.shape
-        shape = tuple(values.shape[1:])
-        return EpisodicMemory(capacity, key_size, value_shape=shape, value_dtype=values.dtype, key_dtype=keys.dtype)
+        slots, key_size = keys.shape
+        history = settings.get("history", 0)  # older saves have none
+        return EpisodicMemory(
+            slots - history,
+            key_size,
+            value_shape=tuple(values.shape[1:]),
+            value_dtype=values.dtype,
+            key_dtype=keys.dtype,
+            history=history,
+        )
     if kind is nn.Sequential:
         return nn.Sequential(OrderedDict(children))
     if kind is Mixture:

@@ -449,6 +449,7 @@ def test_bad_examples_change_nothing(kind, inputs, labels, error, words):
     ("build", "error", "words"),
     [
         (lambda: Ring(nn.Linear(1, 1)), SettingError, "memory must be an EpisodicMemory"),
+        (lambda: Ring(EpisodicMemory(5, 4, history=3)), SettingError, "without history"),
         (lambda: Ring(EpisodicMemory(5, 4), shape=(2, 3)), SettingError, r"shape \(2, 3\) must hold key_size = 4"),
         (lambda: Ring(EpisodicMemory(5, 4), shape=(-2, -2)), SettingError, "must hold key_size"),
         (lambda: Reservoir(EpisodicMemory(5, 4), generator=3), SettingError, "generator must be a torch.Generator"),

@@ -220,6 +220,26 @@ def test_memory_budget_does_not_change_the_result(kind: str, bytes_: int, monkey
     close(model(keys, before=before), earlier)
 
 
+@all_models
+def test_a_block_with_history_is_the_stream_one_by_one(kind: str) -> None:
+    keys, labels = torch.randn(2 * CAPACITY, KEY, dtype=torch.float64), torch.randint(CLASSES, (2 * CAPACITY,))
+    short, long = (EpisodicMemory(CAPACITY, KEY, key_dtype=torch.float64, history=size) for size in (0, 7))
+    torch.manual_seed(1)
+    stream = make(kind, short)
+    torch.manual_seed(1)
+    block = make(kind, long)
+    for memory in (short, long):
+        memory.write(keys[:-7], labels[:-7])
+    expected = []
+    for row in range(2 * CAPACITY - 7, 2 * CAPACITY):
+        expected.append(stream(keys[row] / 2))
+        short.write(keys[row : row + 1], labels[row : row + 1])
+    long.write(keys[-7:], labels[-7:])
+    times = torch.arange(2 * CAPACITY - 7, 2 * CAPACITY)
+    close(block(keys[-7:] / 2, before=times), torch.stack(expected))
+    close(block(keys[:5]), stream(keys[:5]))
+
+
 # A prediction changes nothing, and nothing around it changes the prediction
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recollect.continual.balance import Classes
 from recollect.errors import DtypeError, SettingError, ShapeError, require, require_tensor
 from recollect.memory import EpisodicMemory
+from recollect.memory.checks import check_entries
 
 
 class _Replay(nn.Module, ABC):
@@ -25,6 +26,8 @@ class _Replay(nn.Module, ABC):
     ) -> None:
         super().__init__()
         require("memory", memory, EpisodicMemory, "an EpisodicMemory")
+        if memory.history:
+            raise SettingError("a buffer says itself what its memory keeps: create the memory without history.")
         self.memory = memory
         self.shape = (memory.key_size,) if shape is None else tuple(shape)
         if any(size < 1 for size in self.shape) or math.prod(self.shape) != memory.key_size:
@@ -86,7 +89,7 @@ class _Replay(nn.Module, ABC):
                 f"labels must have shape {wanted} to match {len(inputs)} inputs, got {tuple(labels.shape)}. Pass one "
                 "label for each input."
             )
-        keys, values = self.memory._check_entries(inputs.reshape(len(inputs), self.memory.key_size), labels)
+        keys, values = check_entries(self.memory, inputs.reshape(len(inputs), self.memory.key_size), labels)
         if len(keys) == 0:
             return
         others = int(self.memory.step) - int(self.step)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from recollect.errors import MissingExtraError, SettingError
 from recollect.memory.exact import ExactIndex
-from recollect.memory.index import Neighbors, exact_distances, nearest_first
+from recollect.memory.index import Neighbors, WindowIndex, exact_distances, nearest_first
 
 _CHUNK = 8192  # rows added to a graph at once: bounds the float32 copies
 _CANDIDATES = 80  # for the links of a new node; faiss's default of 40 makes graphs twice as fast, but worse ones
@@ -22,7 +22,7 @@ _ROWS = 64  # queries searched at once: bounds the tables of hits
 _NODE = 100  # following a beam for one node takes as long as scanning about so many entries (measured: 2 us and 20 ns)
 
 
-class ApproximateIndex:
+class ApproximateIndex(WindowIndex):
     """Finds nearly all of the nearest entries in a fraction of the time that exact search takes.
 
     The entries are split by age into several HNSW graphs (Malkov and Yashunin, https://arxiv.org/abs/1603.09320; the
@@ -140,16 +140,17 @@ class ApproximateIndex:
         queries: Float[Tensor, "b d"],
         neighbors: int,
         before: Int[Tensor, " b"] | None = None,
+        span: int | None = None,
     ) -> Neighbors:
         nodes = sum(len(graph) for graph in self._graphs)
         followed = len(self._graphs) * self._width(neighbors)
         if len(self._recent.slots) + nodes <= self._scanned or followed * _NODE > nodes:
-            return self._exact.search(keys, written, queries, neighbors, before)
+            return self._exact.search(keys, written, queries, neighbors, before, span)
         parts = []
         for start in range(0, len(queries), _ROWS):
             rows = slice(start, start + _ROWS)
             limit = None if before is None else before[rows]
-            parts.append(self._search(keys, _View(written, limit), queries[rows], neighbors))
+            parts.append(self._search(keys, _View(written, limit, span), queries[rows], neighbors))
         return Neighbors(torch.cat([part.distances for part in parts]), torch.cat([part.slots for part in parts]))
 
     def _search(self, keys: Tensor, view: "_View", queries: Tensor, neighbors: int) -> Neighbors:
@@ -164,7 +165,7 @@ class ApproximateIndex:
         if bool(failed.any()):
             limit = None if view.before is None else view.before[failed]
             found.distances[failed], found.slots[failed] = self._exact.search(
-                keys, view.written, queries[failed], neighbors, limit
+                keys, view.written, queries[failed], neighbors, limit, view.span
             )
         return found
 
@@ -235,11 +236,15 @@ class _View(NamedTuple):
 
     written: Int[Tensor, " n"]
     before: Int[Tensor, " b"] | None
+    span: int | None
 
     def hidden(self, slots: Int[Tensor, "b *m"], times: Int[Tensor, "b *m"]) -> Bool[Tensor, "b *m"]:
         hidden = self.written[slots] != times
         if self.before is not None:
-            hidden |= times >= self.before.view(-1, *(1 for _ in slots.shape[1:]))
+            before = self.before.view(-1, *(1 for _ in slots.shape[1:]))
+            hidden |= times >= before
+            if self.span is not None:
+                hidden |= times < before - self.span
         return hidden
 
 

@@ -4,18 +4,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from recollect.errors import (
-    DeviceError,
-    DtypeError,
-    NonFiniteError,
-    SettingError,
-    ShapeError,
-    require,
-    require_tensor,
-)
+from recollect.errors import DtypeError, NonFiniteError, SettingError, require
 from recollect.kernels import Kernel, inverse_distance
+from recollect.memory.checks import check_entries, check_limit, check_queries, overflows, too_large
 from recollect.memory.exact import ExactIndex
-from recollect.memory.index import Index, compute_dtype, expanded_distances
+from recollect.memory.index import Index, Neighbors, WindowIndex, expanded_distances
 from recollect.memory.protocol import Context
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing
@@ -28,20 +21,28 @@ class EpisodicMemory(nn.Module):
     Paper: Section 2 ("the memory has a fixed size and acts as a circular buffer"), Algorithm 1, MbPA-Train line 5 and
     MbPA-Test line 3.
 
+    With ``history`` it also answers for a while as it did before its oldest entries were overwritten: a block of a
+    sequence can be written first and then read at once, each query at its own moment (``read(before=...)``).
+
     All contents are buffers: ``state_dict()`` holds keys, values, write times and the ring position, ``.to()`` moves
     them, and the index over them is derived.
 
     Args:
-        capacity: The largest number of entries.
+        capacity: The largest number of entries that are seen at once.
         key_size: The length ``d`` of a key.
         value_shape: The shape of one value: ``()`` for a label, ``(outputs,)`` for a regression target.
         value_dtype: The dtype of the values.
         key_dtype: How keys are stored: float32, float64, float16, bfloat16 or uint8 (whole numbers from 0 to 255).
             Distances are computed in float32 (float64 for float64 keys) from the keys as they are stored.
         index: Finds the neighbors; exact search by default.
+        history: How many overwritten entries are kept beside the others, for reads with ``before`` alone: these are
+            then exact for every moment from ``step - history`` on. With history a read sees what has not been forgotten
+            of the last ``capacity`` writes. So no older entry fills the place of a forgotten one; without history one
+            stays until its slot is needed.
 
     Raises:
-        SettingError: If a size is not a positive whole number.
+        SettingError: If a size is not a positive whole number, ``history`` is negative, or the index cannot hide
+            what is too old (see ``WindowIndex``).
         DtypeError: If keys cannot be stored as ``key_dtype``.
 
     Example:
@@ -69,31 +70,37 @@ class EpisodicMemory(nn.Module):
         value_dtype: torch.dtype = torch.long,
         key_dtype: torch.dtype = torch.float32,
         index: Index | None = None,
+        history: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("capacity", capacity), ("key_size", key_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingError(f"{name} must be a whole number above 0, got {value!r}.")
+        if isinstance(history, bool) or not isinstance(history, int) or history < 0:
+            raise SettingError(f"history must be a whole number of at least 0, got {history!r}.")
         if key_dtype not in _KEY_DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _KEY_DTYPES)
             raise DtypeError(f"keys can be stored as one of {allowed}, got key_dtype={key_dtype}.")
-        self.register_buffer("keys", torch.zeros(capacity, key_size, dtype=key_dtype))
-        self.register_buffer("values", torch.zeros(capacity, *value_shape, dtype=value_dtype))
-        self.register_buffer("written", torch.full((capacity,), _FORGOTTEN))
+        self.history, slots = history, capacity + history
+        self.register_buffer("keys", torch.zeros(slots, key_size, dtype=key_dtype))
+        self.register_buffer("values", torch.zeros(slots, *value_shape, dtype=value_dtype))
+        self.register_buffer("written", torch.full((slots,), _FORGOTTEN))
         # The slots in the order in which they will be overwritten, read circularly from `position`. Forgetting
         # moves slots to its front, so "oldest first" holds after any history of writes and deletions.
-        self.register_buffer("queue", torch.arange(capacity))
+        self.register_buffer("queue", torch.arange(slots))
         self.register_buffer("position", torch.tensor(0))
         self.register_buffer("step", torch.tensor(0))
-        self.register_buffer("size", torch.tensor(0))
+        self.register_buffer("size", torch.tensor(0))  # how many slots are occupied
         self.index: Index = ExactIndex() if index is None else index
+        if history:
+            _require_window(self.index)
         self.index.rebuild(self.keys, self.written)
         self.register_load_state_dict_post_hook(_rebuild_index)
 
     @property
     def capacity(self) -> int:
-        """The largest number of entries."""
-        return self.keys.shape[0]
+        """The largest number of entries that are seen at once."""
+        return self.keys.shape[0] - self.history
 
     @property
     def key_size(self) -> int:
@@ -106,20 +113,23 @@ class EpisodicMemory(nn.Module):
         return tuple(self.values.shape[1:])
 
     def __len__(self) -> int:
+        if self.history:
+            return int((self.written >= (self.step - self.capacity).clamp(min=0)).sum())
         return int(self.size)
 
     def __bool__(self) -> bool:
         return True  # an empty memory is still a memory: `memory or default` must not drop it
 
     def extra_repr(self) -> str:
-        return f"{len(self)} of {self.capacity} entries, key_size={self.key_size}, key_dtype={self.keys.dtype}"
+        past = f", history={self.history}" if self.history else ""
+        return f"{len(self)} of {self.capacity} entries, key_size={self.key_size}, key_dtype={self.keys.dtype}{past}"
 
     def write(self, keys: Shaped[Tensor, "*b d"], values: Shaped[Tensor, "..."]) -> Int[Tensor, " n"]:
         """Stores pairs, overwriting the oldest entries when the memory is full.
 
-        The t-th entry ever written has write time t, starting from 0. Of a batch larger than the capacity only the
-        last ``capacity`` entries remain, as if they had been written one by one. Either the whole batch is stored
-        or, on an error, nothing of it.
+        The t-th entry ever written has write time t, starting from 0. Of a batch larger than the memory only the last
+        ``capacity + history`` entries remain, as if they had been written one by one. Either the whole batch is
+        stored or, on an error, nothing of it.
 
         Args:
             keys: ``(*batch, key_size)``; gradients are not kept.
@@ -135,94 +145,22 @@ class EpisodicMemory(nn.Module):
             NonFiniteError: If a value or a key is not finite, or a key so large that squared distances overflow, by
                 row number.
         """
-        new_keys, new_values = self._check_entries(keys, values)
-        count = len(new_keys)
+        new_keys, new_values = check_entries(self, keys, values)
+        count, room = len(new_keys), len(self.queue)
         if count == 0:
             return self.queue[:0]
-        kept = min(count, self.capacity)
+        kept = min(count, room)
         first = int(self.position) + count - kept
-        slots = self.queue[(first + torch.arange(kept, device=self.queue.device)) % self.capacity]
-        self.size.add_(count).clamp_(max=self.capacity)  # empty slots come first in the queue
+        slots = self.queue[(first + torch.arange(kept, device=self.queue.device)) % room]
+        self.size.add_(count).clamp_(max=room)  # empty slots come first in the queue
         self.keys[slots] = new_keys[-kept:]
         self.values[slots] = new_values[-kept:]
         step = int(self.step) + count
         self.written[slots] = torch.arange(step - kept, step, device=slots.device)
         self.step.fill_(step)
-        self.position.fill_((first + kept) % self.capacity)
+        self.position.fill_((first + kept) % room)
         self.index.update(self.keys, self.written, slots)
         return slots
-
-    def _check_entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_keys(keys, "keys")
-        require_tensor("values", values)
-        rows = keys.shape[:-1]
-        if tuple(values.shape) != (*rows, *self.value_shape):
-            raise ShapeError(
-                f"values must have shape {(*rows, *self.value_shape)} to match keys of shape {tuple(keys.shape)} in "
-                f"this memory, got {tuple(values.shape)}."
-            )
-        if values.device != self.values.device:
-            raise DeviceError(_other_device("values", values, self.values))
-        flat = keys.detach().reshape(-1, self.key_size)
-        stored = flat.to(self.keys.dtype)
-        if self.keys.dtype == torch.uint8:
-            bad = (stored.to(flat.dtype) != flat).any(1)
-            if flat.dtype.is_signed:
-                bad |= (flat < 0).any(1)  # as an int8, 255 reads -1
-        else:
-            bad = _too_large(stored)
-        if bool(bad.any()):
-            self._refuse_rows(flat, bad)
-        return stored, self._as_stored(values.detach().reshape(len(flat), *self.value_shape))
-
-    def _as_stored(self, values: Tensor) -> Tensor:
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            row = int((~values.isfinite()).nonzero()[0, 0])
-            raise NonFiniteError(
-                f"values must be finite, but row {row} holds NaN or infinity. Nothing of the batch was stored."
-            )
-        wanted = self.values.dtype
-        stored = values.to(wanted)
-        lossy = not torch.can_cast(values.dtype, wanted)
-        if not lossy and values.dtype != wanted:
-            whole = not (wanted.is_floating_point or wanted.is_complex)
-            lossy = bool((stored != values).any()) if whole else _overflows(values, stored)
-        if lossy:
-            raise DtypeError(
-                f"these values of {values.dtype} cannot be stored as {wanted}: they would lose their fractions or "
-                f"overflow. Convert them, or create the memory with value_dtype={values.dtype}."
-            )
-        return stored
-
-    def _refuse_rows(self, keys: Tensor, bad: Tensor) -> None:
-        row = int(bad.nonzero()[0])
-        more = f" ({int(bad.sum())} rows in all)" if int(bad.sum()) > 1 else ""
-        if not bool(keys[row].isfinite().all()):
-            raise NonFiniteError(
-                f"keys must be finite, but row {row} holds NaN or infinity{more}. Nothing of the batch was stored. "
-                "Check the network that makes the keys."
-            )
-        if self.keys.dtype == torch.uint8:
-            raise DtypeError(
-                f"a uint8 memory stores whole numbers from 0 to 255, but row {row} holds others{more}. Nothing of the "
-                "batch was stored. Use key_dtype=torch.float32, or scale the keys to 0..255."
-            )
-        raise NonFiniteError(
-            f"row {row} of keys is too large for key_dtype={self.keys.dtype}{more}: it, or its squared distance to "
-            "other keys, overflows. Nothing of the batch was stored. Scale the keys down, or use a wider key_dtype."
-        )
-
-    def _check_keys(self, keys: Tensor, name: str) -> None:
-        require_tensor(name, keys)
-        if keys.dim() < 1 or keys.shape[-1] != self.key_size:
-            raise ShapeError(
-                f"{name} must have shape (*, {self.key_size}) to match this memory, got {tuple(keys.shape)}. "
-                "Did you pass logits instead of features?"
-            )
-        if keys.is_complex() or keys.dtype == torch.bool:
-            raise DtypeError(f"{name} must be real numbers, got {keys.dtype}.")
-        if keys.device != self.keys.device:
-            raise DeviceError(_other_device(name, keys, self.keys))
 
     def read(
         self,
@@ -243,10 +181,13 @@ class EpisodicMemory(nn.Module):
             kernel: Weighs the neighbors.
             before: Only entries with a write time below this are seen: one number, or one for each query
                 ``(*batch)``. ``before=t`` gives what the memory knew when it had seen t entries, as long as none of
-                those has been overwritten.
+                those has been overwritten. In a memory with ``history`` it hides what had been overwritten then, too
+                (``t - capacity <= written < t``), and is exact for every t from ``step - history`` on; a t that lies
+                ahead stands for now.
 
         Returns:
-            The context, with leading dimensions ``*batch``.
+            The context, with leading dimensions ``*batch``. In a memory with ``history`` entries that no query sees
+            are not among those of ``neighbors=None``.
 
         Raises:
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the queries do not fit this memory.
@@ -255,40 +196,26 @@ class EpisodicMemory(nn.Module):
         if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
             raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
         require("kernel", kernel, Kernel, "a kernel, such as inverse_distance(epsilon=1e-3)")
-        self._check_keys(queries, "queries")
-        batch = queries.shape[:-1]
-        flat = queries.reshape(-1, self.key_size).to(compute_dtype(self.keys))
-        bad = _too_large(flat)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            finite = bool(flat[row].isfinite().all())
-            what = "is so large that squared distances overflow" if finite else "holds NaN or infinity"
-            raise NonFiniteError(f"queries must be finite, but row {row} {what}. Check the network that makes them.")
-        limit = None if before is None else self._limit(before, batch)
+        flat, batch = check_queries(self, queries), queries.shape[:-1]
+        limit = None if before is None else check_limit(before, batch, self.keys.device)
+        if self.history and limit is not None:
+            limit = limit.minimum(self.step)
         # Autocast would compute the distances in bfloat16.
         with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
             if neighbors is None:
                 context = self._read_all(flat, kernel, limit)
             else:
-                context = self._read_nearest(flat, min(neighbors, len(self)), kernel, limit)
+                # The past may have held more than is left of the last writes.
+                most = min(self.capacity, int(self.size)) if self.history and limit is not None else len(self)
+                context = self._read_nearest(flat, min(neighbors, most), kernel, limit)
         return Context(*(part.reshape(*batch, *part.shape[1:]) for part in context))
-
-    def _limit(self, before: int | Tensor, batch: torch.Size) -> Int[Tensor, " b"]:
-        limit = torch.as_tensor(before, device=self.keys.device)
-        if limit.is_floating_point() or limit.dtype == torch.bool:
-            raise DtypeError(f"before must be a write time, which is a whole number, got {limit.dtype}.")
-        if limit.dim() and limit.shape != batch:
-            raise ShapeError(
-                f"before must be one number or have one for each query, shape {tuple(batch)}, got {tuple(limit.shape)}."
-            )
-        return limit.expand(batch).reshape(-1)
 
     def _read_nearest(self, queries: Tensor, count: int, kernel: Kernel, limit: Tensor | None) -> Context:
         if count == 0 or len(queries) == 0:
             distances = queries.new_zeros(len(queries), count)
             slots = torch.zeros(distances.shape, dtype=torch.long, device=queries.device)
         else:
-            distances, slots = self.index.search(self.keys, self.written, queries, count, limit)
+            distances, slots = self._search(queries, count, limit)
         places = slots.clamp(min=0).reshape(-1)
         keys = self.keys.index_select(0, places).to(queries.dtype).view(*slots.shape, self.key_size)
         values = self.values.index_select(0, places).view(*slots.shape, *self.value_shape)
@@ -298,8 +225,14 @@ class EpisodicMemory(nn.Module):
         weights = _normalize(kernel.log_weights(queries, keys, distances), visible)
         return Context(keys, values, weights, distances, slots)
 
+    def _search(self, queries: Tensor, count: int, limit: Tensor | None) -> Neighbors:
+        if not self.history:
+            return self.index.search(self.keys, self.written, queries, count, limit)
+        limit = self.step.expand(len(queries)) if limit is None else limit
+        return _require_window(self.index).search(self.keys, self.written, queries, count, limit, self.capacity)
+
     def _read_all(self, queries: Tensor, kernel: Kernel, limit: Tensor | None) -> Context:
-        order = self.written.argsort(stable=True)[self.capacity - len(self) :]  # occupied slots, oldest first
+        order = self._seen(limit)
         keys, values = self.keys[order].to(queries.dtype), self.values[order]
         shape = (len(queries), len(order))
         distances = expanded_distances(queries, keys)
@@ -307,11 +240,23 @@ class EpisodicMemory(nn.Module):
         slots, values = order.expand(shape), values.expand(*shape, *self.value_shape)
         visible = torch.ones(shape, dtype=torch.bool, device=queries.device)
         if limit is not None:
-            visible = self.written[order] < limit.unsqueeze(1)
+            times, limit = self.written[order], limit.unsqueeze(1)
+            visible = times < limit
+            if self.history:
+                visible &= times >= limit - self.capacity
             hidden = ~visible
             slots, distances = slots.masked_fill(hidden, -1), distances.masked_fill_(hidden, torch.inf)
             values = values.masked_fill(hidden.view(*shape, *(1 for _ in self.value_shape)), 0)
         return Context(keys.expand(*shape, -1), values, _normalize(log_weights, visible), distances, slots)
+
+    def _seen(self, limit: Tensor | None) -> Int[Tensor, " n"]:
+        """Returns the occupied slots, oldest first; with history only those that a query sees."""
+        if not self.history:
+            return self.written.argsort(stable=True)[self.capacity - len(self) :]
+        ends = self.step if limit is None or len(limit) == 0 else limit
+        seen = (self.written >= (ends.min() - self.capacity).clamp(min=0)) & (self.written < ends.max())
+        slots = seen.nonzero().squeeze(1)
+        return slots[self.written[slots].argsort()]
 
     def forget(self, slots: int | Int[Tensor, "..."]) -> None:
         """Removes entries at once and for good; their slots are the next to be reused.
@@ -319,8 +264,9 @@ class EpisodicMemory(nn.Module):
         What was derived from them may stay in RAM for a while, unused: see ``ApproximateIndex`` and ``keep_base``.
 
         Args:
-            slots: One slot or a tensor of them, as ``read`` and ``write`` return them. Slots that are empty already,
-                and the places that ``read`` marks with -1, are passed over.
+            slots: One slot or a tensor of them, as ``read`` and ``write`` return them, those that are kept for the
+                past included. Slots that are empty already, and the places that ``read`` marks with -1, are passed
+                over.
 
         Raises:
             SettingError: If a slot is outside the memory; then nothing is forgotten.
@@ -331,9 +277,9 @@ class EpisodicMemory(nn.Module):
         if asked.is_floating_point() or asked.dtype == torch.bool:
             raise SettingError(f"slots must be whole numbers, got {asked.dtype}. Turn a mask into slots by .nonzero().")
         asked = asked.long().unique()
-        if not (-1 <= int(asked[0]) and int(asked[-1]) < self.capacity):
+        if not (-1 <= int(asked[0]) and int(asked[-1]) < len(self.keys)):
             outside = int(asked[0]) if int(asked[0]) < -1 else int(asked[-1])
-            raise SettingError(f"slots must be from 0 to {self.capacity - 1} in this memory, got {outside}.")
+            raise SettingError(f"slots must be from 0 to {len(self.keys) - 1} in this memory, got {outside}.")
         asked = asked[asked >= 0]
         gone = asked[self.written[asked] >= 0]
         if len(gone) == 0:
@@ -352,13 +298,13 @@ class EpisodicMemory(nn.Module):
         for buffer in (self.keys, self.values, self.position, self.step, self.size):
             buffer.zero_()
         self.written.fill_(_FORGOTTEN)
-        self.queue.copy_(torch.arange(self.capacity))
+        self.queue.copy_(torch.arange(len(self.queue)))
         self.index.rebuild(self.keys, self.written)
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .cuda(), .half() and .double() call
         key_dtype, value_dtype = fn(self.keys[:0]).dtype, fn(self.values[:0]).dtype
-        if (key_dtype != self.keys.dtype and bool(_too_large(self.keys.to(key_dtype)).any())) or (
-            value_dtype != self.values.dtype and _overflows(self.values, self.values.to(value_dtype))
+        if (key_dtype != self.keys.dtype and bool(too_large(self.keys.to(key_dtype)).any())) or (
+            value_dtype != self.values.dtype and overflows(self.values, self.values.to(value_dtype))
         ):
             raise NonFiniteError(
                 f"entries of this memory overflow {key_dtype}, so it was not converted. Scale keys and values down, or "
@@ -373,18 +319,13 @@ def _rebuild_index(memory: EpisodicMemory, incompatible: object) -> None:
     memory.index.rebuild(memory.keys, memory.written)
 
 
-def _other_device(name: str, given: Tensor, memory: Tensor) -> str:
-    return f"{name} are on {given.device}, the memory is on {memory.device}. Move one of them with .to()."
-
-
-def _too_large(keys: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
-    """Whether a key is NaN, infinite, or so large that a sum of squares in a search could overflow."""
-    dtype = compute_dtype(keys)
-    return ~(torch.linalg.vector_norm(keys, dim=1, dtype=dtype) < (torch.finfo(dtype).max / 64) ** 0.5)
-
-
-def _overflows(values: Tensor, stored: Tensor) -> bool:
-    return bool((stored.isinf() & ~values.isinf()).any())
+def _require_window(index: Index) -> WindowIndex:
+    if not isinstance(index, WindowIndex):
+        raise SettingError(
+            f"a memory with history needs an index that hides what is too old, got a {type(index).__name__}. Derive it "
+            "from recollect.memory.index.WindowIndex, or use ExactIndex() or ApproximateIndex()."
+        )
+    return index
 
 
 def _normalize(log_weights: Float[Tensor, "b k"], visible: Bool[Tensor, "b k"]) -> Float[Tensor, "b k"]:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from recollect.memory.index import Neighbors, compute_dtype, exact_distances, nearest_first
+from recollect.memory.index import Neighbors, WindowIndex, compute_dtype, exact_distances, nearest_first
 from recollect.memory.scan import Scan, multiplies_bfloat16, slack
 
 _CHUNK = 16 * 2**20  # bytes that deriving from keys works on at once
@@ -19,7 +19,7 @@ _SAMPLE = 1000  # keys that tell where the center is
 _SETTLED = 32 * 2**20  # bytes of the candidates that settle what a scan could not prove
 
 
-class ExactIndex:
+class ExactIndex(WindowIndex):
     """Exact search by blocked matrix products, with a proof for every query.
 
     A scan ranks all entries by a lower bound of their distance, which is one matrix product, and keeps more candidates
@@ -98,13 +98,14 @@ class ExactIndex:
         queries: Float[Tensor, "b d"],
         neighbors: int,
         before: Int[Tensor, " b"] | None = None,
+        span: int | None = None,
     ) -> Neighbors:
         found = []
         for start in range(0, len(queries), _BATCH):
             part = slice(start, start + _BATCH)
             limit = None if before is None else before[part]
             scan = self._scan(keys[: self._end], written[: self._end], queries[part], limit)
-            found.append(self._search(scan, queries[part], neighbors))
+            found.append(self._search(scan._replace(span=span), queries[part], neighbors))
         return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def _scan(self, keys: Tensor, written: Tensor, queries: Tensor, before: Tensor | None) -> Scan:

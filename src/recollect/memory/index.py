@@ -4,6 +4,7 @@ An index never owns the keys. It keeps what can be derived from them, is told wh
 at any time, so a memory's ``state_dict`` is complete without it.
 """
 
+from abc import abstractmethod
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -53,6 +54,28 @@ class Index(Protocol):
             before: Where given, each query sees only the entries with ``written < before``.
         """
         ...
+
+
+class WindowIndex(Index):
+    """An index that can also hide what is too old, as a memory with ``history`` needs it."""
+
+    @abstractmethod
+    def search(
+        self,
+        keys: Shaped[Tensor, "n d"],
+        written: Int[Tensor, " n"],
+        queries: Float[Tensor, "b d"],
+        neighbors: int,
+        before: Int[Tensor, " b"] | None = None,
+        span: int | None = None,
+    ) -> Neighbors:
+        """Returns the nearest entries of each query as an ``Index`` does.
+
+        Args:
+            keys, written, queries, neighbors, before: As in ``Index.search``.
+            span: Where given, with ``before``, each query sees only the entries with
+                ``before - span <= written < before``. There may be fewer of them than ``neighbors``.
+        """
 
 
 def compute_dtype(keys: Tensor) -> torch.dtype:

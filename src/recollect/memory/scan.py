@@ -41,6 +41,7 @@ class Scan(NamedTuple):
     before: Int[Tensor, " b"] | None
     coarse: bool = False
     center: Float[Tensor, " d"] | None = None  # of a coarse scan; None stands for zero
+    span: int | None = None  # where given, entries written before `before - span` are not seen
 
     def only(self, rows: Tensor | slice) -> "Scan":
         """Returns the scan for some of the queries."""
@@ -58,7 +59,10 @@ class Scan(NamedTuple):
             block = slice(start, start + size)
             scores = multiply(self.keys[block], self.norms[block].unsqueeze(1))
             if self.before is not None:
-                scores.masked_fill_(self.written[block].unsqueeze(1) >= self.before, torch.inf)
+                times = self.written[block].unsqueeze(1)
+                scores.masked_fill_(times >= self.before, torch.inf)
+                if self.span is not None:
+                    scores.masked_fill_(times < self.before - self.span, torch.inf)
             yield start, scores
 
     def _products(self, keys: Shaped[Tensor, "m d"], norms: Float[Tensor, "m 1"]) -> Float[Tensor, "m b"]:
