@@ -1,4 +1,4 @@
-"""The command line: ``recollect demo | reproduce | list | show``.
+"""The command line: ``recollect demo | reproduce | lm | list | show``.
 
 An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
 """
@@ -30,6 +30,8 @@ EXPERIMENTS = (
     Experiment("figure3", "permuted MNIST: 20 tasks in sequence, MbPA, EWC, MAS, replay", "figure3", "Figure3"),
     Experiment("figure3-tuning", "the grid behind figure3's settings", "figure3_tuning", "Figure3Tuning"),
     Experiment("continual", "EWC, MAS, SI, LwF, GEM and replay beside MbPA, on five streams", "continual", "Continual"),
+    Experiment("table2", "language models: cache, MbPA, dynamic evaluation on PTB and WikiText-2", "table2", "Table2"),
+    Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Table2"),
 )
 
 _USAGE = """recollect: episodic memory for PyTorch networks
@@ -37,6 +39,7 @@ _USAGE = """recollect: episodic memory for PyTorch networks
   recollect demo                  a network that does not forget, on real digits, in under a minute
   recollect reproduce NAME        a table or figure of the paper; --help after the name lists its settings
   recollect list                  the names
+  recollect lm train|evaluate     a language model of your own text files; --help lists the settings
   recollect show DIR              the table of a finished run
 
 Each run writes its settings, results, table and figure into the folder given by --out, and goes on where it was
@@ -84,8 +87,10 @@ def _dispatch(arguments: list[str]) -> int:
         _show(rest)
     elif command == "reproduce":
         _reproduce(rest)
+    elif command == "lm":
+        _language_model(rest)
     else:
-        raise SettingError(f"there is no command {command!r}. There are: demo, reproduce, list, show.")
+        raise SettingError(f"there is no command {command!r}. There are: demo, reproduce, lm, list, show.")
     return 0
 
 
@@ -105,6 +110,15 @@ def _reproduce(rest: list[str]) -> None:
             _run(experiment.module, experiment.config, rest[1:], f"recollect reproduce {rest[0]}")
             return
     raise SettingError(f"there is no experiment {rest[0]!r}. There are: {names}.")
+
+
+def _language_model(rest: list[str]) -> None:
+    configs = {"train": "Train", "evaluate": "Evaluate"}
+    if not rest or rest[0] not in configs:
+        raise SettingError("recollect lm train or recollect lm evaluate: --help after either lists its settings.")
+    from recollect.experiments import lm
+
+    print(lm.run(_parse(getattr(lm, configs[rest[0]]), rest[1:], f"recollect lm {rest[0]}")), end="")
 
 
 def _run(module: str, config: str, rest: list[str], program: str) -> None:

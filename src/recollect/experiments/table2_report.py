@@ -1,0 +1,162 @@
+"""The table and the picture of ``recollect reproduce table2``: all corpora that a folder holds, beside the paper."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from recollect.experiments import plots
+from recollect.experiments.runner import read_rows, write_text
+
+TITLES = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2"}
+_ROWS = (
+    ("static", "model", "LSTM"),
+    ("static", "cache", "LSTM + cache"),
+    ("static", "mbpa", "LSTM + MbPA"),
+    ("static", "both", "LSTM + MbPA + cache"),
+    ("dynamic", "model", "LSTM, dynamic evaluation"),
+    ("dynamic", "cache", "LSTM, dynamic evaluation + cache"),
+    ("dynamic", "mbpa", "LSTM, dynamic evaluation + MbPA"),
+    ("dynamic", "both", "LSTM, dynamic evaluation + MbPA + cache"),
+)
+# Table 2: perplexity on validation and test text. Dynamic evaluation stands in it as Krause et al.'s, on AWD-LSTM.
+_PAPER = {
+    "ptb": {
+        ("static", "model"): (61.8, 59.6),
+        ("static", "cache"): (55.7, 55.3),
+        ("static", "mbpa"): (54.8, 54.3),
+        ("static", "both"): (54.8, 54.4),
+        ("dynamic", "model"): (51.6, 51.1),
+    },
+    "wikitext-2": {
+        ("static", "model"): (69.3, 65.9),
+        ("static", "cache"): (53.2, 51.3),
+        ("static", "mbpa"): (58.4, 56.0),
+        ("static", "both"): (51.8, 49.4),
+        ("dynamic", "model"): (46.4, 44.3),
+    },
+}
+_AWD = {"ptb": 57.7, "wikitext-2": 66.1}  # the test perplexity of the model that Krause et al. adapt
+
+
+def report(folder: Path) -> str:
+    """Writes the table and the figure of what the folder holds by now, and returns the table."""
+    rows = _finished(folder)
+    table = "\n".join(_table(corpus, found) for corpus, found in rows.items())
+    write_text(folder / "table.md", table)
+    _figure(folder / "figure8.png", rows)
+    return table
+
+
+def buckets(folder: Path) -> str:
+    """Returns the gains by training frequency of what the folder holds by now."""
+    return "\n".join("\n".join([f"### {TITLES[c]}", "", *_buckets(found)]) for c, found in _finished(folder).items())
+
+
+def _finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    rows = {corpus: read_rows(folder / corpus / "results.jsonl") for corpus in TITLES}
+    return {corpus: found for corpus, found in rows.items() if any(row["part"] == "bucket" for row in found)}
+
+
+def _table(corpus: str, rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"### {TITLES[corpus]}",
+        "",
+        "| model | valid | test | nats (95 %) | words/s | paper: valid | test | nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for reader, mixture, title in _ROWS:
+        valid, test = (
+            next(r for r in rows if _is(r, part="result", reader=reader, mixture=mixture, text=text))
+            for text in ("valid", "test")
+        )
+        ours = [f"{math.exp(row['loss']):.1f}" for row in (valid, test)]
+        base = (reader, mixture) == ("static", "model")
+        gain = "" if base else f"{-test['gain']:.3f} +- {test['gain_half_width']:.3f}"
+        numbers = *ours, gain, f"{test['words_per_second']:.0f}", _paper(corpus, reader, mixture)
+        lines.append(f"| {title} | {' | '.join(numbers)} |")
+    return "\n".join([*lines, "", *_choices(rows), *_buckets(rows)])
+
+
+def _is(row: dict[str, Any], **key: Any) -> bool:
+    return key.items() <= row.items()
+
+
+def _paper(corpus: str, reader: str, mixture: str) -> str:
+    found = _PAPER[corpus].get((reader, mixture))
+    if found is None:
+        return " | | "
+    valid, test = found
+    before = _AWD[corpus] if reader == "dynamic" else _PAPER[corpus]["static", "model"][1]
+    nats = "" if (reader, mixture) == ("static", "model") else f"{math.log(test / before):.3f}"
+    return f"{valid} | {test} | {nats}"
+
+
+def _choices(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["Chosen on validation words:", ""]
+    for row in (r for r in rows if r["part"] == "choice"):
+        both = f"{_cache(row['both'][0])}, {_mbpa(row['both'][1])}: {row['loss'] - row['model']:+.3f} nats"
+        lines.append(f"- key {row['key']}: {_cache(row['cache'])}; {_mbpa(row['mbpa'])}; together {both}")
+    tried = [r for r in rows if r["part"] == "dynamic"]
+    best = min(tried, key=lambda row: row["loss"])
+    lines.append(f"- dynamic evaluation: rate {best['rate']:g}, decay {best['decay']:g}, of {len(tried)} settings")
+    for reader in ("static", "dynamic"):
+        for mixture in ("cache", "mbpa", "both"):
+            row = next(r for r in rows if _is(r, part="result", reader=reader, mixture=mixture, text="test"))
+            weights = ", ".join(f"{w:.3f}" for w in row["weights"])
+            names = {"cache": "model, cache", "mbpa": "model, MbPA", "both": "model, cache, MbPA"}[mixture]
+            lines.append(f"- weights ({reader} model; {names}): {weights}")
+    return [*lines, ""]
+
+
+def _cache(setting: list[float]) -> str:
+    size, flatness = setting
+    return f"cache N={size}, theta={flatness:g}"
+
+
+def _mbpa(setting: list[float]) -> str:
+    size, neighbors, rate, steps = setting
+    return f"MbPA N={size}, K={neighbors}, T={steps}, alpha={rate:g}"
+
+
+def _buckets(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Percent by which the perplexity of a word falls on test (mean +- standard deviation over the different words "
+        "of a bucket), and nats over its occurrences (95 %), from the most frequent words to the rarest:",
+        "",
+        "| added | to | bucket | words | occurrences | rarest in training | percent | nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {
+        ("cache", "both"): "MbPA | LSTM + cache",
+        ("model", "mbpa"): "MbPA | LSTM",
+        ("model", "cache"): "cache | LSTM",
+    }
+    lines += (
+        f"| {names[row['before'], row['after']]} | {row['number']} | {row['words']} | {row['occurrences']} "
+        f"| {row['rarest']} | {row['gain']:.1f} +- {row['deviation']:.1f} "
+        f"| {row['nats']:.3f} +- {row['half_width']:.3f} |"
+        for row in rows
+        if row["part"] == "bucket"
+    )
+    return [*lines, ""]
+
+
+def _figure(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Draws Figure 8: a bar for each bucket with its standard deviation, one panel for each corpus."""
+    picture, panels = plots.grid(len(rows), columns=2, width=4.8, height=3.6)
+    for axes, (corpus, found) in zip(panels, rows.items(), strict=True):
+        plots.dress(axes)
+        buckets = [r for r in found if _is(r, part="bucket", before="cache", after="both")]
+        x = [row["number"] for row in buckets]
+        axes.bar(x, [row["gain"] for row in buckets], color=plots.BLUE, width=0.7)
+        axes.errorbar(
+            x,
+            [row["gain"] for row in buckets],
+            yerr=[row["deviation"] for row in buckets],
+            **{"fmt": "none", "ecolor": plots.GRAY, "capsize": 3},
+        )
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(TITLES[corpus], loc="left", fontsize=11)
+        axes.set_xlabel("bucket of words, from frequent to rare")
+        axes.set_ylabel("fall of perplexity by MbPA, %")
+    plots.save(picture, path)

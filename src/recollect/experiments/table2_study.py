@@ -1,0 +1,229 @@
+"""What is done with a trained language model: settings are chosen on the validation text, then the test text is read.
+
+Each reading of a text leaves what every part of a mixture gave to every word in a file beside the results, so that a
+run that was stopped goes on behind it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recollect import checkpoint
+from recollect.experiments.language_models import Text
+from recollect.experiments.runner import Progress, Run
+from recollect.language import (
+    CacheGrid,
+    DynamicEvaluation,
+    LSTMModel,
+    MbPAGrid,
+    Reading,
+    gradient_statistics,
+    read,
+    read_dynamically,
+    score,
+)
+from recollect.language.choose import choose
+from recollect.language.report import fit_weights, gain_by_frequency, interval, mix
+from recollect.language.settings import CacheSetting, MbPASetting
+
+MIXTURES = {
+    "model": ("model",),
+    "cache": ("model", "cache"),
+    "mbpa": ("model", "mbpa"),
+    "both": ("model", "cache in both", "mbpa in both"),
+}
+_PARTS = ("model", "cache", "cache in both", "mbpa", "mbpa in both")
+
+
+_CACHE = CacheGrid(sizes=(100, 200, 500, 1000, 2000, 5000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5))
+_MBPA = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 32, 64, 128, 256), rates=(0.15, 0.5, 1.0, 2.0, 4.0, 8.0))
+_MORE_STEPS = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 16), rates=(0.2, 0.4), steps=(2, 5, 10, 20))
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What is tried and on how many words; the grids reach beyond the paper's, whose best settings lie at its edges."""
+
+    cache: CacheGrid = _CACHE
+    mbpa: tuple[MbPAGrid, ...] = (_MBPA, _MORE_STEPS)
+    keys: tuple[str, ...] = ("hidden", "input")
+    """What neighbors are searched by; the better one is kept."""
+    tune: int = 40_000
+    """How many words of the validation text the grids of cache and MbPA are scored on."""
+    dynamic_tune: int = 20_000
+    """... and dynamic evaluation's."""
+    statistics: int = 500
+    """How many batches of the training text dynamic evaluation's statistics are made of."""
+    segment: int = 5
+    """Words between two steps of dynamic evaluation."""
+    rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4)
+    """Step sizes of dynamic evaluation."""
+    decays: tuple[float, ...] = (2e-3, 5e-4, 8e-3)
+    """Its pulls back to the trained weights; step sizes are tried with the first of them."""
+
+
+class _Chosen(NamedTuple):
+    """The settings with which all texts are read."""
+
+    key: str
+    cache: CacheSetting
+    mbpa: MbPASetting
+    both: tuple[CacheSetting, MbPASetting]
+    loss: float
+
+
+class Study:
+    """The readings of one corpus by one model."""
+
+    def __init__(self, record: Run, text: Text, lm: LSTMModel, settings: StudySettings) -> None:
+        self._record = record
+        self._text = text
+        self._lm = lm
+        self._settings = settings
+        self._device = lm.output.weight.device
+
+    def run(self) -> None:
+        """Does what has not been done, and adds the rows."""
+        choice = self._choice()
+        rate, decay = self._dynamic_choice()
+        for reader in ("static", "dynamic"):
+            words = {part: self._words(reader, part, choice, rate, decay) for part in ("valid", "test")}
+            self._results(reader, words)
+        self._buckets()
+
+    # Choosing
+
+    def _choice(self) -> _Chosen:
+        """Returns the settings that are best on the validation text."""
+        found = [self._choice_with(key) for key in self._settings.keys]
+        return min(found, key=lambda choice: choice.loss)
+
+    def _choice_with(self, key: str) -> _Chosen:
+        row = self._record.find(part="choice", key=key) or self._tune(key)
+        both = CacheSetting(*row["both"][0]), MbPASetting(*row["both"][1])
+        return _Chosen(key, CacheSetting(*row["cache"]), MbPASetting(*row["mbpa"]), both, row["loss"])
+
+    def _tune(self, key: str) -> dict[str, Any]:
+        settings = self._settings
+        tokens = self._text.valid[: settings.tune]
+        with Progress(len(tokens), f"cache and MbPA on validation words, key: {key}") as progress:
+            readings = read(self._lm, tokens.to(self._device), first=self._text.vocabulary.end, key=key)
+            scores = score(readings, settings.cache, settings.mbpa, watch=progress.advance)
+        caches, mbpas = settings.cache.points(), [point for grid in settings.mbpa for point in grid.points()]
+        for what, points, parts in (("cache", caches, scores.cache), ("mbpa", mbpas, scores.mbpa)):
+            fit = fit_weights(scores.model, parts)
+            for point, weight, loss in zip(points, fit.weights[1].tolist(), fit.loss.tolist(), strict=True):
+                numbers = {"weight": round(weight, 4), "loss": round(loss, 5)}
+                self._record.add(part="grid", key=key, what=what, setting=list(point), **numbers)
+        best = choose(scores, caches, mbpas)
+        row = {"part": "choice", "key": key, "model": float(-scores.model.log().double().mean()), **best._asdict()}
+        row = json.loads(json.dumps(row))
+        self._record.add(**row)
+        return row
+
+    def _dynamic_choice(self) -> tuple[float, float]:
+        """Returns the best rate at the first decay, and the best decay at that rate."""
+        settings = self._settings
+        rate = min(settings.rates, key=lambda rate: self._dynamic_loss(rate, settings.decays[0]))
+        return rate, min(settings.decays, key=lambda decay: self._dynamic_loss(rate, decay))
+
+    def _dynamic_loss(self, rate: float, decay: float) -> float:
+        row = self._record.find(part="dynamic", rate=rate, decay=decay)
+        if row is None:
+            tokens = self._text.valid[: self._settings.dynamic_tune]
+            with Progress(len(tokens), f"dynamic evaluation, rate {rate:g}, decay {decay:g}") as progress:
+                total = 0.0
+                for reading in self._readings("dynamic", tokens, "hidden", rate, decay):
+                    chances = reading.logits.log_softmax(1).gather(1, reading.targets.unsqueeze(1))
+                    total -= float(chances.double().sum())
+                    progress.advance(len(chances))
+            row = {"part": "dynamic", "rate": rate, "decay": decay, "loss": total / len(tokens)}
+            self._record.add(**row)
+        return row["loss"]
+
+    # Reading
+
+    def _readings(self, reader: str, tokens: Tensor, key: str, rate: float, decay: float) -> Iterable[Reading]:
+        first, tokens = self._text.vocabulary.end, tokens.to(self._device)
+        if reader == "static":
+            yield from read(self._lm, tokens, first=first, key=key)
+            return
+        with DynamicEvaluation(self._lm, self._statistics(), rate=rate, decay=decay) as dynamic:
+            segment = self._settings.segment
+            yield from read_dynamically(self._lm, dynamic, tokens, first=first, key=key, segment=segment)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
+            return gradient_statistics(self._lm, self._text.train.to(self._device), batches=self._settings.statistics)
+
+        found = self._kept("statistics", compute)
+        return {name: part.to(self._device) for name, part in found.items()}
+
+    def _words(self, reader: str, part: str, choice: _Chosen, rate: float, decay: float) -> dict[str, Tensor]:
+        """Returns what each part of the mixtures gave to each word of a text, and the seconds it took."""
+
+        def compute() -> dict[str, Tensor]:
+            tokens = self._text.valid if part == "valid" else self._text.test
+            started = time.perf_counter()
+            with Progress(len(tokens), f"{reader} model on the {part} text") as progress:
+                readings = self._readings(reader, tokens, choice.key, rate, decay)
+                caches = [CacheGrid((size,), (flatness,)) for size, flatness in (choice.cache, choice.both[0])]
+                mbpas = [MbPAGrid((n,), (k,), (rate,), (steps,)) for n, k, rate, steps in (choice.mbpa, choice.both[1])]
+                scores = score(readings, caches, mbpas, watch=progress.advance)
+            seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            parts = zip(_PARTS, (scores.model, *scores.cache.unbind(), *scores.mbpa.unbind()), strict=True)
+            return {**{name: part.clone() for name, part in parts}, "seconds": seconds}
+
+        return self._kept(f"{reader}-{part}", compute)
+
+    def _kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns tensors from a file beside the results, computing them where there is none."""
+        file = self._record.folder / f"{name}.checkpoint"
+        run = {"steps": max(row["step"] for row in self._record.rows if row["part"] == "train"), "name": name}
+        found = checkpoint.read(file, run=run)
+        if found is None:
+            found = {key: value.cpu() for key, value in compute().items()}
+            checkpoint.write(file, found, run=run)
+        return found
+
+    # Results
+
+    def _results(self, reader: str, words: dict[str, dict[str, Tensor]]) -> None:
+        for name, parts in MIXTURES.items():
+            weights = fit_weights(*(words["valid"][part] for part in parts)).weights
+            for text, chances in words.items():
+                if self._record.find(part="result", reader=reader, mixture=name, text=text) is not None:
+                    continue
+                tokens = self._text.valid if text == "valid" else self._text.test
+                nats = -mix(tuple(chances[part] for part in parts), list(weights)).log()
+                before = -self._kept(f"static-{text}", dict)["model"].log()
+                loss, gain = (interval(values, self._text.groups(tokens)) for values in (nats, before - nats))
+                self._record.add(
+                    **{"part": "result", "reader": reader, "mixture": name, "text": text},
+                    **{"weights": [round(float(w), 4) for w in weights], "words": len(nats)},
+                    **{"loss": loss.mean, "half_width": loss.half_width},
+                    **{"gain": gain.mean, "gain_half_width": gain.half_width},
+                    words_per_second=round(len(nats) / float(chances["seconds"]), 1),
+                )
+
+    def _buckets(self) -> None:
+        """Adds Figure 8: what MbPA adds to the model with the cache, and to the model, by training frequency."""
+        tokens, words = self._text.test, self._kept("static-test", dict)
+        valid = self._kept("static-valid", dict)
+        nats: dict[str, Tensor] = {}
+        for name, parts in MIXTURES.items():
+            weights = fit_weights(*(valid[part] for part in parts)).weights
+            nats[name] = -mix(tuple(words[part] for part in parts), list(weights)).log()
+        for before, after in (("cache", "both"), ("model", "mbpa"), ("model", "cache")):
+            if self._record.find(part="bucket", before=before, after=after) is not None:
+                continue
+            counts, groups = self._text.vocabulary.counts, self._text.groups(tokens)
+            found = gain_by_frequency(tokens, counts, nats[before], nats[after], groups)
+            for number, bucket in enumerate(found, 1):
+                numbers = {**bucket._asdict(), "nats": bucket.nats.mean, "half_width": bucket.nats.half_width}
+                self._record.add(part="bucket", before=before, after=after, number=number, **numbers)

@@ -1,0 +1,117 @@
+"""Choosing settings of cache and MbPA by what a validation text cost, and the predictors that they stand for."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from recollect.adaptation import LocalAdaptation, rules
+from recollect.errors import require_choice
+from recollect.language.evaluate import Hidden
+from recollect.language.grid import Scores
+from recollect.language.model import LanguageModel
+from recollect.language.reading import KEYS
+from recollect.language.report import fit_weights
+from recollect.language.settings import CacheSetting, MbPASetting
+from recollect.mbpa import MbPA
+from recollect.memory import EpisodicMemory
+from recollect.predictors import Mixture, Parametric, neural_cache
+
+_FEW = 6  # caches, the best by themselves, that are tried with every MbPA
+
+
+class Choice(NamedTuple):
+    """The best settings, and what they cost with the best weights, in nats per word."""
+
+    cache: CacheSetting
+    """Of a mixture of model and cache."""
+    cache_loss: float
+    mbpa: MbPASetting
+    """Of a mixture of model and MbPA."""
+    mbpa_loss: float
+    both: tuple[CacheSetting, MbPASetting]
+    """Of a mixture of all three."""
+    weights: tuple[float, float, float]
+    """That mixture's: of the model, the cache and MbPA."""
+    loss: float
+
+
+def choose(scores: Scores, caches: Sequence[CacheSetting], mbpas: Sequence[MbPASetting]) -> Choice:
+    """Returns the settings whose mixtures made a text likeliest, each with its own best weights.
+
+    The mixture of all three tries every MbPA with the caches that are best by themselves.
+
+    Args:
+        scores: From ``score``, on text that is not the one to be reported.
+        caches: The settings in the order of ``scores.cache``.
+        mbpas: The settings in the order of ``scores.mbpa``.
+    """
+    with_cache, with_mbpa = fit_weights(scores.model, scores.cache), fit_weights(scores.model, scores.mbpa)
+    first, second = int(with_cache.loss.argmin()), int(with_mbpa.loss.argmin())
+    found = []
+    for number in with_cache.loss.argsort()[:_FEW].tolist():
+        fit = fit_weights(scores.model, scores.cache[number], scores.mbpa)
+        third = int(fit.loss.argmin())
+        weights = fit.weights[:, third].tolist()
+        found.append((float(fit.loss[third]), (caches[number], mbpas[third]), (weights[0], weights[1], weights[2])))
+    loss, both, weights = min(found, key=lambda one: one[0])
+    return Choice(
+        *(caches[first], float(with_cache.loss[first]), mbpas[second], float(with_mbpa.loss[second])),
+        *(both, weights, loss),
+    )
+
+
+def keys_of(lm: LanguageModel, key: str) -> Hidden:
+    """Returns what makes a model's keys: its hidden states, or what goes into its softmax layer.
+
+    Args:
+        lm: The model.
+        key: ``"hidden"`` or ``"input"``.
+    """
+    require_choice("key", key, KEYS)
+    if key == "hidden":
+        return lm.hidden
+
+    def inputs(tokens: Int[Tensor, "b t"], state: Any = None) -> tuple[Float[Tensor, "b t d"], Any]:
+        hidden, state = lm.hidden(tokens, state)
+        return lm.inputs(hidden), state
+
+    return inputs
+
+
+def predictor(
+    lm: LanguageModel, choice: Choice, *, key: str, history: int = 256
+) -> tuple[Mixture, list[EpisodicMemory]]:
+    """Returns the mixture of model, cache and MbPA for ``evaluate``, and the memories that it reads.
+
+    Args:
+        lm: The model.
+        choice: The settings.
+        key: As in ``keys_of``, which makes the keys for it.
+        history: The longest block that ``evaluate`` can then predict at once.
+    """
+    (size, flatness), (entries, neighbors, rate, steps) = choice.both
+    layer = lm.output
+    head = lm.decoder if key == "hidden" else layer
+    names = tuple(name for name, p in head.named_parameters() if any(p is own for own in layer.parameters()))
+    width = layer.in_features if key == "input" else _hidden_size(lm)
+    settings = {"key_dtype": layer.weight.dtype, "history": history}
+    memories = [EpisodicMemory(count, width, **settings).to(layer.weight.device) for count in (size, entries)]
+    adaptation = LocalAdaptation(rules.sgd(rate), steps=steps, parameters=names, keep_base=True)
+    parts = (
+        Parametric(head),
+        neural_cache(memories[0], classes=layer.out_features, flatness=flatness),
+        MbPA(head, memories[1], neighbors=neighbors, adaptation=adaptation),
+    )
+    return Mixture(*parts, weights=_summing_to_one(choice.weights)), memories
+
+
+def _summing_to_one(weights: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def _hidden_size(lm: LanguageModel) -> int:
+    with torch.no_grad():
+        return lm.hidden(torch.zeros(1, 1, dtype=torch.long, device=lm.output.weight.device))[0].shape[-1]
