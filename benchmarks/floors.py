@@ -142,3 +142,24 @@ def sample(rows: int, size: int, *, capacity: int) -> Work:
     """Keeping a uniform sample of a stream: all rows until it is full, later a row with the chance capacity / seen."""
     stored = capacity * (1 + math.log(rows / capacity))
     return Work(0, 2 * FLOAT * stored * size, moves="copy", footprint=FLOAT * capacity * size)
+
+
+def cache(size: int, classes: int, batch: int, *, window: int) -> Work:
+    """Mixing a model with a neural cache: each word's logits (C d) and its products with the window's keys (N d).
+
+    The softmax layer and the keys are read once for all words, whose own keys are written. What the window's words add
+    up to counts nothing.
+    """
+    return Work(batch * (classes + window) * size, FLOAT * (classes + window + 2 * batch) * size)
+
+
+def projection(inputs: int | None, outputs: int, batch: int) -> Work:
+    """A linear layer between key and head, once for each key that is read; none where ``inputs`` is None."""
+    weights = 0 if inputs is None else inputs * outputs
+    return Work(batch * weights, FLOAT * weights)
+
+
+def recurrent(inputs: int, hidden: int, words: int) -> Work:
+    """An LSTM that reads one text: all its weights meet each word, and those on its own outputs pass for each word."""
+    weights = 4 * hidden * (inputs + hidden)
+    return Work(words * weights, FLOAT * 4 * hidden * (inputs + words * hidden))

@@ -247,6 +247,15 @@ def test_texts_without_a_word_to_score(count: int) -> None:
         score(read(model(), text(count)), CACHES, MBPAS)
 
 
+def test_parts_can_be_left_out() -> None:
+    both = score(readings("input", text()), CACHES, MBPAS)
+    assert torch.equal(score(readings("input", text()), CACHES, ()).cache, both.cache)
+    assert torch.equal(score(readings("input", text()), (), MBPAS).mbpa, both.mbpa)
+    alone = score(readings("input", text()), (), ())
+    assert torch.equal(alone.model, both.model)
+    assert (alone.cache.shape, alone.mbpa.shape) == ((0, 50), (0, 50))
+
+
 def test_one_word() -> None:
     scores = score(read(model(), text(1), first=FIRST), CACHES, MBPAS)
     assert isinstance(scores, Scores)

@@ -132,7 +132,7 @@ class Progress:
         title: What is being done.
     """
 
-    def __init__(self, total: float, title: str) -> None:
+    def __init__(self, total: int | float, title: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -158,13 +158,13 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def skip(self, amount: float) -> None:
+    def skip(self, amount: int | float) -> None:
         """Counts work that an earlier run has done, without taking it for speed."""
         self._done += amount
         self._skipped += amount
         self._bar.update(self._task, completed=self._done)
 
-    def advance(self, amount: float, title: str | None = None) -> None:
+    def advance(self, amount: int | float, title: str | None = None) -> None:
         """Counts work done."""
         self._title = title or self._title
         self._done += amount

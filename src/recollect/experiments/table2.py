@@ -29,11 +29,11 @@ class Scale:
 
 
 _SMALL = Size(650, 256, input_dropout=0.4, state_dropout=0.2, output_dropout=0.35)
-_SHORT = Schedule(epochs=24, rate=0.003, turn=200, patience=4, decay=0.3, anneal=0.3)
+_SHORT = Schedule(epochs=24.0, rate=0.003, turn=200, patience=4, decay=0.3, anneal=0.3)
 _MELIS = {"input_dropout": 0.5799, "state_dropout": 0.2153, "output_dropout": 0.3270}
 _SMOKE = Scale(
     replace(_SMALL, hidden_size=48, embedding_size=32),
-    Schedule(epochs=2, batch=16, rate=0.01, turn=50, patience=4, decay=0.3, anneal=0.3),
+    Schedule(epochs=2.0, batch=16, rate=0.01, turn=50, patience=4, decay=0.3, anneal=0.3),
     StudySettings(
         CacheGrid(sizes=(500, 2000), flatness=(0.0, 0.3, 1.0)),
         (MbPAGrid((1000,), (32, 128), (0.3, 3.0)), MbPAGrid((1000,), (8,), (0.3,), steps=(2, 5))),
@@ -46,7 +46,7 @@ SCALES = {
     ("smoke", "wikitext-2"): _SMOKE,
     ("small", "ptb"): Scale(_SMALL, _SHORT, StudySettings()),
     ("small", "wikitext-2"): Scale(
-        _SMALL, replace(_SHORT, epochs=5), StudySettings(segment=20, rates=(8e-5, 2e-4, 4e-4, 8e-4))
+        _SMALL, replace(_SHORT, epochs=5.0), StudySettings(segment=20, rates=(8e-5, 2e-4, 4e-4, 8e-4))
     ),
     ("paper", "ptb"): Scale(Size(1194, 268, **_MELIS), Schedule(), StudySettings()),
     ("paper", "wikitext-2"): Scale(Size(1853, 241, **_MELIS), Schedule(), StudySettings()),

@@ -108,12 +108,12 @@ def _choices(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _cache(setting: list[float]) -> str:
+def _cache(setting: list[int | float]) -> str:
     size, flatness = setting
     return f"cache N={size}, theta={flatness:g}"
 
 
-def _mbpa(setting: list[float]) -> str:
+def _mbpa(setting: list[int | float]) -> str:
     size, neighbors, rate, steps = setting
     return f"MbPA N={size}, K={neighbors}, T={steps}, alpha={rate:g}"
 

@@ -52,7 +52,7 @@ def score(
 
     Args:
         readings: From ``read`` or ``read_dynamically``.
-        cache: Settings of the cache, in one grid or several.
+        cache: Settings of the cache, in one grid, several, or none.
         mbpa: Settings of MbPA, likewise.
         bias: Whether the softmax layer's bias adapts too. When None it does where there is one.
         table_dtype: In which to keep what the model said at each entry, entries x words of the vocabulary numbers;
@@ -86,9 +86,8 @@ def score(
         if bias and not reading.bias:
             raise SettingError("bias=True, but this model's softmax layer has no bias. Leave bias= out.")
         if window is None:
-            window = Window(
-                reading, max(size for grid in (*caches, *mbpas) for size in grid.sizes) + BLOCK, table_dtype
-            )
+            rows = max([0, *(size for grid in (*caches, *mbpas) for size in grid.sizes)]) + BLOCK
+            window = Window(reading, rows, table_dtype, keep_table=len(mbpas) > 0)
         with torch.no_grad():
             parts.append(_score(window, reading, done, caches, mbpas, reading.bias if bias is None else bias))
         done += len(reading.targets)
@@ -114,6 +113,7 @@ def _score(
         word = done + int((~chances.isfinite()).nonzero()[0])
         raise NonFiniteError(f"the model's prediction of word {word} of the text holds NaN or infinite numbers.")
     window.add(reading, times)
-    of_cache = torch.cat([score_cache(window, reading, times, grid) for grid in caches])
-    of_mbpa = torch.cat([score_mbpa(window, reading, times, grid, bias=bias) for grid in mbpas])
+    nothing = chances.new_empty(0, len(chances))
+    of_cache = torch.cat([nothing, *(score_cache(window, reading, times, grid) for grid in caches)])
+    of_mbpa = torch.cat([nothing, *(score_mbpa(window, reading, times, grid, bias=bias) for grid in mbpas)])
     return reading.targets, chances, of_cache, of_mbpa

@@ -33,9 +33,10 @@ class Window:
         like: The first reading.
         rows: How many words it holds; those of the block that is being scored among them.
         table_dtype: In which to keep what the model said at each word; that of the logits when None.
+        keep_table: Whether to keep it: only MbPA asks.
     """
 
-    def __init__(self, like: Reading, rows: int, table_dtype: torch.dtype | None) -> None:
+    def __init__(self, like: Reading, rows: int, table_dtype: torch.dtype | None, *, keep_table: bool) -> None:
         def room(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             return values.new_zeros(rows, *values.shape[1:], dtype=dtype)
 
@@ -43,7 +44,8 @@ class Window:
         self.inputs = self.keys if like.inputs is like.keys else room(like.inputs)
         self.values = room(like.targets)
         self.times = torch.full((rows,), -1, device=like.targets.device)
-        self.table = [room(columns, table_dtype) for columns in like.logits.split(_WIDTH, 1)]
+        columns = like.logits.split(_WIDTH, 1) if keep_table else ()
+        self.table = [room(part, table_dtype) for part in columns]
 
     def add(self, reading: Reading, times: Int[Tensor, " t"]) -> None:
         """Writes a block of words, over the oldest ones."""
@@ -51,9 +53,10 @@ class Window:
         self.keys[rows], self.values[rows], self.times[rows] = reading.keys, reading.targets, times
         if self.inputs is not self.keys:
             self.inputs[rows] = reading.inputs
-        chances = reading.logits.softmax(1)
-        for part, columns in zip(self.table, chances.split(_WIDTH, 1), strict=True):
-            part[rows] = columns.to(part.dtype)
+        if self.table:
+            chances = reading.logits.softmax(1)
+            for part, columns in zip(self.table, chances.split(_WIDTH, 1), strict=True):
+                part[rows] = columns.to(part.dtype)
 
     def seen(self, times: Int[Tensor, " t"], size: int) -> Tensor:
         """Which rows hold one of the last ``size`` words at each of these times, ``(t, rows)``."""
