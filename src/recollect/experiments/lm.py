@@ -38,6 +38,7 @@ _MBPA = (
     MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128), rates=(0.5, 2.0, 8.0)),
     MbPAGrid(sizes=(1000,), neighbors=(8,), rates=(0.2, 0.4), steps=(5, 10)),
 )
+_BYTES = 5.5  # of a word and the space behind it, about: for the time left
 _PIECE = 2**18  # words of a text that are held at a time
 
 
@@ -148,7 +149,8 @@ def _evaluate(config: Evaluate) -> str:
     found: dict[str, Evaluation] = {}
     for name, output, written in (("model", Parametric(lm.output), None), ("+ cache + MbPA", mixture, memories)):
         pieces = vocabulary.encode_blocks(config.text, _PIECE, encoding=config.encoding)
-        with Progress(config.text.stat().st_size / 5, name) as progress:
+        size = config.text.stat().st_size if config.text.is_file() else 0  # what is no file, the vocabulary refuses
+        with Progress(max(1.0, size / _BYTES), name) as progress:
             on_device = (piece.to(config.device) for piece in pieces)
             hidden, first = keys_of(lm, _KEY), vocabulary.end
             found[name] = evaluate(hidden, output, written, on_device, first=first, watch=progress.advance)

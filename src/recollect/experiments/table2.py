@@ -46,7 +46,9 @@ SCALES = {
     ("smoke", "wikitext-2"): _SMOKE,
     ("small", "ptb"): Scale(_SMALL, _SHORT, StudySettings()),
     ("small", "wikitext-2"): Scale(
-        _SMALL, replace(_SHORT, epochs=5.0), StudySettings(segment=20, rates=(8e-5, 2e-4, 4e-4, 8e-4))
+        _SMALL,
+        replace(_SHORT, epochs=5.0),
+        StudySettings(segment=20, rates=(2e-5, 4e-5, 8e-5, 1.6e-4), decays=(8e-3, 2e-3)),
     ),
     ("paper", "ptb"): Scale(Size(1194, 268, **_MELIS), Schedule(), StudySettings()),
     ("paper", "wikitext-2"): Scale(Size(1853, 241, **_MELIS), Schedule(), StudySettings()),

@@ -61,7 +61,7 @@ class StudySettings:
     """How many batches of the training text dynamic evaluation's statistics are made of."""
     segment: int = 5
     """Words between two steps of dynamic evaluation."""
-    rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4)
+    rates: tuple[float, ...] = (1e-5, 2e-5, 4e-5)
     """Step sizes of dynamic evaluation."""
     decays: tuple[float, ...] = (2e-3, 5e-4, 8e-3)
     """Its pulls back to the trained weights; step sizes are tried with the first of them."""
