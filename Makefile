@@ -26,7 +26,7 @@ demo: environment ## permuted digits in under a minute: a table and a figure
 	@$(BIN)/python -m recollect demo $(ARGS)
 
 test: environment ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: environment ## ruff and pyright
 	@$(BIN)/python -m ruff check .

@@ -13,7 +13,7 @@ from recollect.errors import require_choice
 from recollect.experiments.language_models import CORPORA, Size, read, trained
 from recollect.experiments.runner import Run
 from recollect.experiments.table2_report import report
-from recollect.experiments.table2_study import Study, StudySettings
+from recollect.experiments.table2_study import LARGE, Study, StudySettings
 from recollect.language import CacheGrid, MbPAGrid, Schedule
 
 
@@ -46,12 +46,12 @@ SCALES = {
     ("smoke", "wikitext-2"): _SMOKE,
     ("small", "ptb"): Scale(_SMALL, _SHORT, StudySettings()),
     ("small", "wikitext-2"): Scale(
-        _SMALL,
-        replace(_SHORT, epochs=5.0),
-        StudySettings(segment=20, rates=(2e-5, 4e-5, 8e-5, 1.6e-4), decays=(8e-3, 2e-3)),
+        replace(_SMALL, input_dropout=0.2, state_dropout=0.1, output_dropout=0.2),  # too short a training to overfit
+        replace(_SHORT, epochs=4.0, turn=466),
+        LARGE,
     ),
     ("paper", "ptb"): Scale(Size(1194, 268, **_MELIS), Schedule(), StudySettings()),
-    ("paper", "wikitext-2"): Scale(Size(1853, 241, **_MELIS), Schedule(), StudySettings()),
+    ("paper", "wikitext-2"): Scale(Size(1853, 241, **_MELIS), Schedule(), LARGE),
 }
 
 

@@ -43,6 +43,9 @@ _PARTS = ("model", "cache", "cache in both", "mbpa", "mbpa in both")
 _CACHE = CacheGrid(sizes=(100, 200, 500, 1000, 2000, 5000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5))
 _MBPA = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 32, 64, 128, 256), rates=(0.15, 0.5, 1.0, 2.0, 4.0, 8.0))
 _MORE_STEPS = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 16), rates=(0.2, 0.4), steps=(2, 5, 10, 20))
+# Of a vocabulary three times as large, on a text four times as long.
+_LARGE_MBPA = MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128, 256), rates=(0.15, 0.5, 1.0, 2.0, 4.0))
+_LARGE_MORE_STEPS = MbPAGrid(sizes=(1000, 5000), neighbors=(8,), rates=(0.4, 0.8), steps=(2, 5))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class StudySettings:
     mbpa: tuple[MbPAGrid, ...] = (_MBPA, _MORE_STEPS)
     keys: tuple[str, ...] = ("hidden", "input")
     """What neighbors are searched by; the better one is kept."""
+    valid: int | None = None
+    """How many words of the validation text the weights of the mixtures are fitted to; all when None."""
     tune: int = 40_000
     """How many words of the validation text the grids of cache and MbPA are scored on."""
     dynamic_tune: int = 20_000
@@ -65,6 +70,15 @@ class StudySettings:
     """Step sizes of dynamic evaluation."""
     decays: tuple[float, ...] = (2e-3, 5e-4, 8e-3)
     """Its pulls back to the trained weights; step sizes are tried with the first of them."""
+
+
+LARGE = StudySettings(
+    cache=CacheGrid(sizes=(500, 1000, 2000, 5000, 10_000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)),
+    mbpa=(_LARGE_MBPA, _LARGE_MORE_STEPS),
+    **{"keys": ("input",), "valid": 60_000, "tune": 12_000, "dynamic_tune": 12_000, "segment": 20},
+    **{"rates": (2e-5, 4e-5, 8e-5, 1.6e-4), "decays": (8e-3, 2e-3)},
+)
+"""For WikiText-2."""
 
 
 class _Chosen(NamedTuple):
@@ -168,18 +182,27 @@ class Study:
         """Returns what each part of the mixtures gave to each word of a text, and the seconds it took."""
 
         def compute() -> dict[str, Tensor]:
-            tokens = self._text.valid if part == "valid" else self._text.test
+            tokens = self._tokens(part)
             started = time.perf_counter()
             with Progress(len(tokens), f"{reader} model on the {part} text") as progress:
                 readings = self._readings(reader, tokens, choice.key, rate, decay)
-                caches = [CacheGrid((size,), (flatness,)) for size, flatness in (choice.cache, choice.both[0])]
-                mbpas = [MbPAGrid((n,), (k,), (rate,), (steps,)) for n, k, rate, steps in (choice.mbpa, choice.both[1])]
-                scores = score(readings, caches, mbpas, watch=progress.advance)
+                caches = sorted({choice.cache, choice.both[0]})
+                mbpas = sorted({choice.mbpa, choice.both[1]})
+                scores = score(
+                    readings,
+                    [CacheGrid((size,), (flatness,)) for size, flatness in caches],
+                    [MbPAGrid((size,), (k,), (rate,), (steps,)) for size, k, rate, steps in mbpas],
+                    watch=progress.advance,
+                )
+            cache, mbpa = dict(zip(caches, scores.cache, strict=True)), dict(zip(mbpas, scores.mbpa, strict=True))
+            parts = scores.model, cache[choice.cache], cache[choice.both[0]], mbpa[choice.mbpa], mbpa[choice.both[1]]
             seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-            parts = zip(_PARTS, (scores.model, *scores.cache.unbind(), *scores.mbpa.unbind()), strict=True)
-            return {**{name: part.clone() for name, part in parts}, "seconds": seconds}
+            return {**{name: one.clone() for name, one in zip(_PARTS, parts, strict=True)}, "seconds": seconds}
 
         return self._kept(f"{reader}-{part}", compute)
+
+    def _tokens(self, part: str) -> Tensor:
+        return self._text.test if part == "test" else self._text.valid[: self._settings.valid]
 
     def _kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns tensors from a file beside the results, computing them where there is none."""
@@ -199,7 +222,7 @@ class Study:
             for text, chances in words.items():
                 if self._record.find(part="result", reader=reader, mixture=name, text=text) is not None:
                     continue
-                tokens = self._text.valid if text == "valid" else self._text.test
+                tokens = self._tokens(text)
                 nats = -mix(tuple(chances[part] for part in parts), list(weights)).log()
                 before = -self._kept(f"static-{text}", dict)["model"].log()
                 loss, gain = (interval(values, self._text.groups(tokens)) for values in (nats, before - nats))

@@ -34,7 +34,7 @@ def remember(
     *,
     first: int | None = None,
     block: int = _BLOCK,
-    watch: Callable[[int], None] = lambda done: None,
+    watch: Callable[[int], None] = lambda words: None,
 ) -> int:
     """Writes every word of a text to a memory, under what a model made of the words before it.
 
@@ -46,7 +46,7 @@ def remember(
         tokens: The text by word numbers, or its parts one after the other; see ``evaluate``.
         first: The word that the text is thought to come after, such as ``<eos>``: then its first word is written too.
         block: The number of words that are read at once.
-        watch: Called after each block with the number of words written so far.
+        watch: Called after each block with the number of its words.
 
     Returns:
         How many words were written.
@@ -77,7 +77,7 @@ def remember(
             raise ShapeError(f"hidden must map words (1, {len(words)}) to (1, {len(words)}, d), got {keys.shape}.")
         memory.write(keys[0], targets)
         done += len(targets)
-        watch(done)
+        watch(len(targets))
     return done
 
 
