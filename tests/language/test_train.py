@@ -121,9 +121,12 @@ def test_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "training"
     lm = model()
     run(lm, file=file)
-    settings = {"words": 81, "vocabulary": WORDS, **vars(SCHEDULE)}
+    dropout = [lm.input_dropout, lm.state_dropout, lm.output_dropout]
+    text = {"words": 81, "sum": int(TEXT.sum()), "valid": len(VALID), "vocabulary": WORDS}
+    settings = {**text, "dropout": dropout, **vars(SCHEDULE)}
     assert " ".join(settings) == (
-        "words vocabulary epochs batch segment rate beta1 beta2 l2 clip turn patience decay anneal stop reset precision"
+        "words sum valid vocabulary dropout "
+        "epochs batch segment rate beta1 beta2 l2 clip turn patience decay anneal stop reset precision"
     )
     there = checkpoint.read(file, run=settings)
     assert there is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from recollect import checkpoint
 from recollect.errors import FormatError, SettingError, ShapeError, require_choice, require_number
 from recollect.language.lstm import LSTMModel, State
+from recollect.memory.scan import multiplies_bfloat16
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -64,9 +65,8 @@ class Schedule:
     """After so many turns without a better validation loss training ends."""
     reset: float = 0.01
     """With this probability a stripe's state is set to zero before a segment, so that zero is a state to start from."""
-    precision: str = "bfloat16"
-    """In what the products are computed, the validation loss's too: "bfloat16" (autocast), or "float32", which is the
-    dtype of the model, whatever that is."""
+    precision: str = "auto"
+    """In which products are computed: "bfloat16", "float32", or "auto": bfloat16 where the device gains from it."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "segment", "turn", "patience", "stop"):
@@ -79,7 +79,7 @@ class Schedule:
             require_number(name, getattr(self, name), low=0.0)
         if max(self.beta1, self.beta2) >= 1 or max(self.decay, self.anneal, self.reset) > 1:
             raise SettingError("beta1 and beta2 must be below 1, and decay, anneal and reset at most 1.")
-        require_choice("precision", self.precision, ("bfloat16", "float32"))
+        require_choice("precision", self.precision, ("auto", "bfloat16", "float32"))
 
 
 class Turn(NamedTuple):
@@ -262,7 +262,10 @@ class _Trainer:
         self._state = model.initial(schedule.batch)
         self.turns: list[Turn] = []
         self.best = _copy(model)
-        self._run = {"words": len(tokens), "vocabulary": model.vocabulary, **asdict(schedule)}
+        self._run = {
+            **{"words": len(tokens), "sum": int(tokens.sum()), "valid": len(valid), "vocabulary": model.vocabulary},
+            **{"dropout": [model.input_dropout, model.state_dropout, model.output_dropout], **asdict(schedule)},
+        }
         self._load()
 
     @property
@@ -307,9 +310,11 @@ class _Trainer:
         return State(state.hidden * kept, state.cell * kept)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._schedule.precision == "float32":
+        device = self._state.hidden.device
+        precision = self._schedule.precision
+        if precision == "float32" or (precision == "auto" and not _gains_from_bfloat16(device)):
             return nullcontext()
-        return torch.autocast(self._state.hidden.device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16)
 
     def _look(self) -> None:
         """Ends a turn: measures the validation loss, keeps the weights if it is the best, else sees to the rate."""
@@ -369,6 +374,10 @@ def _adam(model: LSTMModel, schedule: Schedule) -> torch.optim.Adam:
         eps=1e-8,
         fused=True,
     )
+
+
+def _gains_from_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else multiplies_bfloat16(device)
 
 
 def _copy(model: LSTMModel) -> dict[str, Tensor]:
