@@ -137,6 +137,16 @@ def test_predictions() -> None:
     assert torch.equal(Gaussian().predict(outputs), outputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_predictions_of_half_types_sum_to_one(dtype: torch.dtype) -> None:
+    outputs = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    predicted = Categorical().predict(outputs)
+    assert predicted.dtype == torch.float32
+    torch.testing.assert_close(predicted, outputs.float().log_softmax(-1))
+    assert bool((outputs.log_softmax(-1).float().logsumexp(-1).abs() > 1e-5).any())  # what they would be otherwise
+    assert bool((predicted.logsumexp(-1).abs() < 1e-5).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 def test_labels_of_every_whole_dtype(dtype: torch.dtype) -> None:
     outputs, values = data(Categorical(), 2, 3)

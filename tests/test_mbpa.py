@@ -16,11 +16,13 @@ from recollect import (
     MbPA,
     NonParametric,
     Parametric,
+    dot_product,
     gaussian,
     inverse_distance,
     rules,
 )
 from recollect.errors import DeviceError, DtypeError, HeadError, LabelError, NonFiniteError, SettingError, ShapeError
+from recollect.kernels import Kernel
 from recollect.memory import Context
 
 KEY, CLASSES, ENTRIES = 5, 3, 14
@@ -151,6 +153,34 @@ def test_head_behind_a_frozen_projection() -> None:
     adaptation = LocalAdaptation(rules.sgd(0.5), steps=3, parameters=("2",))
     keys = torch.randn(6, KEY, dtype=DOUBLE)
     close(model(keys), MbPA(flat, model.memory, neighbors=4, adaptation=adaptation)(keys))
+
+
+class Plain:
+    """A memory with nothing but what every memory has."""
+
+    def __init__(self, memory: EpisodicMemory) -> None:
+        self._memory = memory
+        self.capacity, self.read = memory.capacity, memory.read
+        self.write, self.forget, self.clear = memory.write, memory.forget, memory.clear
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("kernel", [inverse_distance(), dot_product(0.3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_memory_and_one_of_any_size_predict_the_same(
+    kernel: Kernel, keep_base: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, head = remember().to(dtype), linear().to(dtype)
+    adaptation = LocalAdaptation(rules.sgd(0.5), steps=1, keep_base=keep_base)
+    settings = {"neighbors": 3, "adaptation": adaptation, "kernel": kernel}
+    queries, before = torch.randn(6, KEY, dtype=dtype), torch.arange(6)
+    found = MbPA(head, memory, **settings)(queries, before=before)
+    torch.testing.assert_close(found, MbPA(head, Plain(memory), **settings)(queries, before=before))
+    monkeypatch.setattr("recollect.mbpa._SMALL", 0)
+    torch.testing.assert_close(found, MbPA(head, memory, **settings)(queries, before=before))
 
 
 class Shift:

@@ -61,6 +61,13 @@ def test_parametric_regression_is_the_output() -> None:
     close(Parametric(head, likelihood=Gaussian())(keys), head(keys).detach())
 
 
+def test_a_prediction_is_not_the_keys_themselves() -> None:
+    keys = queries()
+    kept = keys.clone()
+    Parametric(nn.Identity(), likelihood=Gaussian())(keys).zero_()
+    assert torch.equal(keys, kept)
+
+
 def test_parametric_flattens_leading_dimensions_for_the_head() -> None:
     head = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 3, 2), nn.Flatten()).double()
     keys = queries(6)
@@ -211,6 +218,34 @@ def test_mixture_of_tiny_probabilities_does_not_underflow() -> None:
     close(mixture(queries(1))[0], torch.tensor([0.0, -2000.0], dtype=DOUBLE))
 
 
+@pytest.mark.parametrize("count", [0, 1, 7])
+@pytest.mark.parametrize("room", [1, 8 * CLASSES, 2**20])  # bytes
+def test_mixture_does_not_depend_on_how_much_is_mixed_at_once(
+    monkeypatch: pytest.MonkeyPatch, room: int, count: int
+) -> None:
+    memory, keys = remember(), queries(2 * count).view(2, count, KEY)
+    parts = [Parametric(nn.Linear(KEY, CLASSES).double()), neural_cache(memory, classes=CLASSES)]
+    monkeypatch.setattr("recollect.predictors._MIXED", room)
+    expected = 0.3 * parts[0](keys).exp() + 0.7 * parts[1](keys).exp()
+    close(Mixture(*parts, weights=(0.3, 0.7))(keys).exp(), expected)
+
+
+def test_what_no_component_expects_has_no_chance() -> None:
+    cache = neural_cache(remember(), classes=CLASSES)
+    mixed = Mixture(cache, cache, weights=(0.5, 0.5))(queries())
+    assert mixed[:, -1].tolist() == [-math.inf] * 5
+    close(mixed.exp().sum(-1), torch.ones(5, dtype=DOUBLE))
+
+
+def test_mixture_takes_the_wider_dtype() -> None:
+    keys, single, double = torch.randn(5, KEY), nn.Linear(KEY, CLASSES), nn.Linear(KEY, CLASSES).double()
+    for heads in ((single, double), (double, single)):
+        mixed = Mixture(*(Parametric(head) for head in heads), weights=(0.5, 0.5))(keys)
+        assert mixed.dtype == DOUBLE
+        expected = single(keys).softmax(-1).double() / 2 + double(keys.double()).softmax(-1) / 2
+        torch.testing.assert_close(mixed.exp(), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_mixture_of_regressions_is_the_weighted_mean() -> None:
     memory, keys = remember_targets(), queries()
     one = Parametric(nn.Linear(KEY, 2).double(), likelihood=Gaussian())
@@ -239,7 +274,7 @@ def test_components_must_agree() -> None:
     labels, means = Parametric(nn.Linear(KEY, 3)), Parametric(nn.Linear(KEY, 3), likelihood=Gaussian())
     with pytest.raises(SettingError, match=r"labels.*means"):
         Mixture(labels, means, weights=(0.5, 0.5))
-    with pytest.raises(ShapeError, match=r"\[3, 2\]"):
+    with pytest.raises(ShapeError, match=r"\[\(3,\), \(2,\)\]"):
         Mixture(labels, Parametric(nn.Linear(KEY, 2)), weights=(0.5, 0.5))(torch.zeros(KEY))
 
 

@@ -54,8 +54,8 @@ class Categorical:
         return residual.scatter_add_(-1, values.long().unsqueeze(-1), one)
 
     def predict(self, outputs: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        """Returns log-probabilities."""
-        return outputs.log_softmax(-1)
+        """Returns log-probabilities; in float32 for float16 and bfloat16, in which they would not sum to one."""
+        return outputs.log_softmax(-1, dtype=torch.float32 if outputs.element_size() < 4 else None)
 
     def fit_constant(
         self, values: Integer[Tensor, "b k"], weights: Float[Tensor, "b k"], size: int | None
@@ -72,7 +72,9 @@ class Categorical:
             raise SettingError("A vote over labels needs to know how many there are: pass classes=.")
         votes = weights.new_zeros(*weights.shape[:-1], size).scatter_add_(-1, values.long(), weights)
         empty = weights.sum(-1, keepdim=True) == 0
-        return votes.masked_fill_(empty, 1.0 / size).log_()
+        votes.masked_fill_(empty, 1.0 / size)
+        none = votes == 0  # of these a logarithm takes ten times as long
+        return votes.masked_fill_(none, 1.0).log_().masked_fill_(none, -math.inf)
 
     def check_values(self, values: Tensor, size: int) -> None:
         """Refuses values ``(b, k)`` that are no labels of ``size`` classes.
@@ -133,8 +135,8 @@ class Gaussian:
         return (values - outputs) / self.variance
 
     def predict(self, outputs: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        """Returns the mean, which is the output itself."""
-        return outputs
+        """Returns the mean, which is a copy of the output."""
+        return outputs.clone()
 
     def fit_constant(
         self, values: Float[Tensor, "b k c"], weights: Float[Tensor, "b k"], size: int | None

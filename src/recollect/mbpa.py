@@ -7,6 +7,7 @@
 and theta_x is thrown away. Nothing is trained here: train the head as always, write (key, value) pairs as they come.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from recollect.adaptation.factored import Factored
 from recollect.errors import SettingError, ShapeError, require, require_tensor
 from recollect.kernels import Kernel, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
-from recollect.memory import Context, Memory
+from recollect.memory import Context, EpisodicMemory, Memory
 from recollect.predictors import Before, in_chunks, key_bytes, require_parts, undisturbed
+
+_SMALL = 64 * 2**20  # bytes of keys of a memory all of which a batch may find
 
 
 class Explanation(NamedTuple):
@@ -115,8 +118,14 @@ class MbPA(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the keys do not fit the memory.
             LabelError: If a retrieved label is not one of the head's outputs.
         """
-        size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
-        return in_chunks(self._predict, keys, before, bytes_per_query=size)
+        adapter, memory, count = self._adapter, self.memory, len(self.memory)
+        size, near = key_bytes(keys), min(self.neighbors, count)
+        small = size * count <= _SMALL
+        if small and isinstance(memory, EpisodicMemory) and isinstance(adapter, Factored) and adapter.takes_entries:
+            predict, size = partial(self._step, adapter, memory), size + 64 * near + 8 * count
+        else:
+            predict, size = self._predict, size + size * near
+        return in_chunks(predict, keys, before, bytes_per_query=size)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         queries, context = self._read(keys, before)
@@ -124,22 +133,37 @@ class MbPA(nn.Module):
             return self.likelihood.predict(self._head({}, queries))
         return self.likelihood.predict(self._adapter(queries, context))
 
+    def _step(
+        self, adapter: Factored, memory: EpisodicMemory, keys: Float[Tensor, "b d"], before: Before
+    ) -> Float[Tensor, "b c"]:
+        """Predicts the same where the keys of each query's neighbors need not be repeated."""
+        entries = memory.read_entries(keys, self.neighbors, kernel=self.kernel, before=before)
+        queries = keys.to(self._head.dtype())
+        if entries.place.numel() == 0:
+            return self.likelihood.predict(self._head({}, queries))
+        self._check(queries, entries.values.unsqueeze(0))
+        entries = entries._replace(keys=entries.keys.to(queries.dtype), weights=entries.weights.to(queries.dtype))
+        return self.likelihood.predict(adapter.step(queries, entries))
+
     def _read(self, keys: Float[Tensor, "b d"], before: Before) -> tuple[Tensor, Context]:
         """Returns queries and context in the head's dtype, the values checked against the head's outputs."""
         context = self.memory.read(keys, self.neighbors, kernel=self.kernel, before=before)
-        dtype = self._head.dtype()
-        queries = keys.to(dtype)
+        queries = keys.to(self._head.dtype())
         if context.slots.numel():
-            try:
-                outputs = self._head({}, queries[:1])
-            except RuntimeError as error:
-                if "shape" not in str(error):
-                    raise
-                raise ShapeError(f"the head failed on keys of shape (1, {keys.shape[-1]}): {error}") from error
-            if outputs.dim() != 2:
-                raise ShapeError(f"the head must map keys (b, d) to outputs (b, c), but (1, d) became {outputs.shape}.")
-            self.likelihood.check_values(context.values, outputs.shape[1])
-        return queries, context._replace(keys=context.keys.to(dtype), weights=context.weights.to(dtype))
+            self._check(queries, context.values)
+        return queries, context._replace(keys=context.keys.to(queries.dtype), weights=context.weights.to(queries.dtype))
+
+    def _check(self, queries: Float[Tensor, "b d"], values: Shaped[Tensor, "..."]) -> None:
+        """Checks the values that were found against the head's outputs."""
+        try:
+            outputs = self._head({}, queries[:1])
+        except RuntimeError as error:
+            if "shape" not in str(error):
+                raise
+            raise ShapeError(f"the head failed on keys of shape (1, {queries.shape[-1]}): {error}") from error
+        if outputs.dim() != 2:
+            raise ShapeError(f"the head must map keys (b, d) to outputs (b, c), but (1, d) became {outputs.shape}.")
+        self.likelihood.check_values(values, outputs.shape[1])
 
     def explain(self, key: Float[Tensor, " d"], *, before: int | None = None) -> Explanation:
         """Says what each retrieved memory added to each output (logit) of one prediction.

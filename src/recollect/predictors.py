@@ -5,6 +5,7 @@ regression, and each is a choice of the adaptation A(theta, C): none at all (``P
 the neighbors in closed form (``NonParametric``).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,12 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recollect.adaptation import Head
+from recollect.adaptation.workspace import workspace
 from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_tensor
 from recollect.kernels import Kernel, dot_product, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Memory
 
 _BUDGET = 128 * 2**20  # bytes that one chunk of queries reads from the memory
+_MIXED = 2**20  # bytes of each component's predictions that are mixed at once, for each thread
 
 Before = int | Int[Tensor, "*b"] | None
 
@@ -90,7 +93,7 @@ def in_chunks(
                     raise
                 # The memory has counted the rows from the start of this chunk.
                 raise NonFiniteError(f"queries must be finite, but row {int(bad[0])} holds NaN or infinity.") from error
-    outputs = torch.cat(parts)
+    outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
     return outputs.reshape(*batch, outputs.shape[-1])
 
 
@@ -272,15 +275,27 @@ class Mixture(nn.Module):
             before: Handed on to every component.
 
         Raises:
-            ShapeError: If the components differ in their number of outputs.
+            ShapeError: If the components' predictions differ in shape.
         """
         parts = [component(keys, before=before) for component in self.components]
-        sizes = [part.shape[-1] for part in parts]
-        if len(set(sizes)) > 1:
-            raise ShapeError(f"the components must predict the same outputs, but they have {sizes} of them.")
+        shapes = [tuple(part.shape) for part in parts]
+        if len(set(shapes)) > 1:
+            raise ShapeError(f"the components must predict the same outputs, but theirs have the shapes {shapes}.")
         with undisturbed(keys.device):
-            outputs = torch.stack(parts)
-            weights = outputs.new_tensor(self.weights).view(-1, *(1,) * (outputs.dim() - 1))
             if isinstance(self.likelihood, Categorical):
-                return (outputs + weights.log()).logsumexp(0)
-            return (outputs * weights).sum(0)
+                return _mixed(parts, self.weights)
+            outputs = torch.stack(parts)
+            return (outputs * outputs.new_tensor(self.weights).view(-1, *(1,) * parts[0].dim())).sum(0)
+
+
+def _mixed(parts: list[Tensor], weights: tuple[float, ...]) -> Float[Tensor, "*b c"]:
+    """Returns ``log sum_i weights[i] exp(parts[i])``, a few rows at a time: large new tensors cost more than it."""
+    logs = [math.log(weight) if weight else -math.inf for weight in weights]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    mixture = torch.empty_like(parts[0], dtype=dtype, memory_format=torch.contiguous_format)
+    rows = max(1, workspace(_MIXED, mixture.device) // max(1, 4 * mixture.shape[-1]))
+    tables = (table.reshape(-1, table.shape[-1]).split(rows) for table in (mixture, *parts))
+    for mixed, *some in zip(*tables, strict=True):
+        terms = [part.to(dtype) + log for part, log in zip(some, logs, strict=True)]
+        mixed.copy_(functools.reduce(torch.logaddexp, terms))
+    return mixture

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from recollect import Categorical, EpisodicMemory, Gaussian, LocalAdaptation, MbPA, load, rules, save
+from recollect.adaptation import entries as entries_module
 from recollect.adaptation import kept as kept_module
-from recollect.adaptation.entries import Entries, add_weighted_rows, distinct
+from recollect.adaptation.entries import add_weighted_rows, distinct
 from recollect.adaptation.kept import Kept
 from recollect.errors import SettingError
 from recollect.memory import Context
+from recollect.memory.protocol import Entries
 
 D, C = 3, 5
 
@@ -136,12 +138,12 @@ def test_values_in_another_precision(head_dtype: torch.dtype, steps: int) -> Non
 
 def test_rows_that_were_not_finished_do_not_count() -> None:
     """An interrupt while the rows of new entries are put in, after which the old entries come back."""
-    rows = torch.randn(2, 4)
+    rows, place = torch.randn(2, 4), torch.zeros(1, 1, dtype=torch.long)
     old, new = (
-        Entries(torch.tensor([0]), torch.full((1, D), float(which)), torch.zeros(1), torch.zeros(1, 1))
+        Entries(torch.tensor([0]), torch.full((1, D), float(which)), torch.zeros(1), place, place.float())
         for which in (0, 1)
     )
-    table, place = Kept(), torch.zeros(1, 1, dtype=torch.long)
+    table = Kept()
     table.update(old, (), lambda keys, values: rows[:1])
 
     class Breaks(Tensor):
@@ -196,6 +198,28 @@ def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) ->
     memory.write(torch.randn(2, D), torch.zeros(2, dtype=torch.long))
     model(torch.randn(5, D))
     assert sum(computed) == 11
+
+
+def test_what_frozen_layers_make_of_a_key_is_not_computed_again() -> None:
+    memory, seen = EpisodicMemory(8, D), []
+
+    class Counting(nn.Linear):
+        def forward(self, keys: Tensor) -> Tensor:
+            seen.append(len(keys))
+            return super().forward(keys)
+
+    memory.write(torch.randn(8, D), torch.zeros(8, dtype=torch.long))
+    head = nn.Sequential(Counting(D, 4), nn.Linear(4, C))
+    plain, model = pair(head, memory, steps=1, parameters=("1",))
+    plain.neighbors = model.neighbors = 8
+    for new, expected in ((0, 8 + 1), (0, 0), (2, 2)):  # one row more to learn how wide rows are
+        memory.write(torch.randn(new, D), torch.zeros(new, dtype=torch.long))
+        seen.clear()
+        outputs = model(torch.randn(5, D))
+        assert sum(seen) == expected + 5 + 1, "beside the queries, and one to check the head"
+        assert outputs.shape == (5, C)
+    queries = torch.randn(5, D)
+    torch.testing.assert_close(model(queries), plain(queries))
 
 
 def test_copies_and_saves_are_without_the_table(tmp_path) -> None:
@@ -294,10 +318,22 @@ def test_weighted_rows_are_a_sum_over_neighbors(queries, neighbors, slots, tile,
     torch.testing.assert_close(table.rows(at), rows[at], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("many", [0, 1000])
+def test_dots_are_with_a_query_s_own_keys(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product with all keys, or repeated keys in tiles of two queries."""
+    monkeypatch.setattr(entries_module, "_MANY", many)
+    monkeypatch.setattr(entries_module, "_TILE", 2 * 4 * D * 8)
+    queries, keys = torch.randn(5, D, dtype=torch.float64), torch.randn(9, D, dtype=torch.float64)
+    place = torch.randint(9, (5, 4))
+    expected = torch.stack([keys[place[row]] @ queries[row] for row in range(5)])
+    torch.testing.assert_close(entries_module.dots(queries, keys, place), expected)
+
+
 def test_entries_without_an_entry() -> None:
     """Only places that nothing fills: nothing is stored for them."""
     table = Kept()
-    nothing = Entries(torch.tensor([-1]), torch.zeros(1, D), torch.zeros(1), torch.zeros(1, 2, dtype=torch.long))
+    place = torch.zeros(1, 2, dtype=torch.long)
+    nothing = Entries(torch.tensor([-1]), torch.zeros(1, D), torch.zeros(1), place, place.float())
     table.update(nothing, (), lambda keys, values: keys)
     slots = torch.tensor([[-1, -1]])
     assert table.weighted_sum(slots, torch.zeros(1, 2)).shape == (1, D)

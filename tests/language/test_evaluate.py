@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, Parametric, neural_cache, rules
 from recollect.errors import DtypeError, LabelError, SettingError, ShapeError
@@ -171,6 +171,26 @@ class Crooked:
 def test_a_distribution_that_does_not_sum_to_one_is_refused(change: float) -> None:
     with pytest.raises(SettingError, match="must sum to one before it is scored"):
         evaluate(model().hidden, Crooked(change), None, text())
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_of_a_half_type(name: str, dtype: torch.dtype) -> None:
+    """Rounded to bfloat16 the log-probabilities of so many words would sum to 1.008 and more, and be refused."""
+    words, lm = 2000, model()
+    head, memory = nn.Linear(8, words).to(dtype), EpisodicMemory(30, 8, key_dtype=torch.float64, history=7)
+    parts = {
+        "parametric": Parametric(head),
+        "cache": neural_cache(memory, classes=words),
+        "mbpa": MbPA(head, memory, neighbors=6, adaptation=LocalAdaptation(rules.sgd(0.5), steps=1)),
+    }
+    output = parts.get(name) or Mixture(*parts.values(), weights=(0.5, 0.2, 0.3))
+    nats = evaluate(lm.hidden, output, () if name == "parametric" else memory, text(), block=7).nats
+    memory.clear()
+    head.double()
+    exact = evaluate(lm.hidden, output, () if name == "parametric" else memory, text(), block=7).nats
+    torch.testing.assert_close(nats.double(), exact.double(), rtol=0.02, atol=0.02)
 
 
 def test_logits_are_refused() -> None:

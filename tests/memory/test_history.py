@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recollect import EpisodicMemory, load, persistence, save
 from recollect.errors import SettingError
-from recollect.memory import Context, approximate, exact, scan
+from recollect.kernels import Kernel, dot_product, gaussian, inverse_distance
+from recollect.memory import Context, approximate, episodic, exact, scan
 from recollect.memory.approximate import ApproximateIndex
 from recollect.memory.index import Neighbors
 
@@ -187,6 +188,58 @@ def test_further_back_than_is_kept_the_rest_answers() -> None:
     for before in (5, 0, -(10**9)):
         assert seen(memory, before) == [[], []]
         assert memory.read(torch.zeros(1), 3, before=before).weights.tolist() == [0.0, 0.0, 0.0]
+
+
+class ByFirstNumber:
+    """A kernel that looks at the keys."""
+
+    def log_weights(self, queries: Tensor, keys: Tensor, distances: Tensor) -> Tensor:
+        return (keys[..., 0] - queries[:, :1]).abs() - distances
+
+
+KERNELS = [inverse_distance(), gaussian(2.0), dot_product(0.3), ByFirstNumber()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.float64, torch.uint8])
+def test_entries_are_a_context_without_repeated_keys(
+    kernel: Kernel, history: int, key_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(episodic, "_GATHER", 200)
+    memory = EpisodicMemory(6, 2, key_dtype=key_dtype, history=history)
+    queries = numbers(7, 5, distinct=9).abs().to(torch.float64 if key_dtype == torch.float64 else torch.float32)
+    for count in (0, 9):
+        memory.write(numbers(count, 4, distinct=9).abs().to(key_dtype), torch.arange(100, 100 + count))
+        for before in (None, 3, torch.arange(3, 10), 0):
+            for few in (queries, queries[:0] if before is None else queries):
+                context = memory.read(few, 4, kernel=kernel, before=before)
+                entries = memory.read_entries(few, 4, kernel=kernel, before=before)
+                assert entries.slots.tolist() == sorted(set(context.slots.view(-1).tolist()))
+                for name in ("slots", "keys", "values"):
+                    assert torch.equal(getattr(entries, name)[entries.place], getattr(context, name))
+                torch.testing.assert_close(entries.weights, context.weights)
+
+
+def test_entries_need_a_number_of_neighbors() -> None:
+    with pytest.raises(SettingError, match=r"neighbors must be a whole number above 0, got 0\."):
+        used().read_entries(numbers(3, 1, distinct=3), 0)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_all_entries_under_the_dot_product_have_distances_too(limited: bool) -> None:
+    memory = EpisodicMemory(40, 3, history=20)
+    g = torch.Generator().manual_seed(1)
+    memory.write(torch.randn(70, 3, generator=g), torch.arange(70))
+    queries = torch.cat([torch.randn(9, 3, generator=g), memory.keys[5:6]])
+    before = torch.arange(61, 71) if limited else None
+    found = memory.read(queries, None, kernel=dot_product(0.7), before=before)
+    plain = memory.read(queries, None, before=before)
+    for name in ("keys", "values", "slots"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    torch.testing.assert_close(found.distances, plain.distances, rtol=1e-4, atol=1e-5)
+    scores = 0.7 * (found.keys @ queries.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.weights, scores.masked_fill(found.slots < 0, -torch.inf).softmax(1))
 
 
 @pytest.mark.parametrize("neighbors", [2, None])

@@ -1,26 +1,19 @@
 """The memory entries that a batch of queries has found, each of them once."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from recollect.memory import Context
+from recollect.memory.protocol import Entries
+from recollect.memory.scan import products
 
 _SHARED = 32 * 2**20  # bytes of the given head's outputs at entries that queries have in common, computed once for them
 _TILE = 8 * 2**20  # bytes of rows that are made and used up at once: they stay in the cache
+_MANY = 32  # products with so many times more entries than are needed take as long as repeating those that are
 _FEWEST = 128  # rows to make at once at least: each time the head's weights have to be read
-
-
-class Entries(NamedTuple):
-    """The distinct entries of a context, and for each neighbor which of them it is."""
-
-    slots: Int[Tensor, " u"]
-    keys: Float[Tensor, "u d"]
-    values: Shaped[Tensor, "u *v"]
-    place: Int[Tensor, "b k"]
 
 
 def distinct(context: Context) -> Entries:
@@ -28,7 +21,17 @@ def distinct(context: Context) -> Entries:
     slots, place = context.slots.unique(return_inverse=True)
     some = place.new_empty(len(slots)).scatter_(0, place.view(-1), torch.arange(place.numel(), device=place.device))
     keys, values = (part.flatten(0, 1).index_select(0, some) for part in (context.keys, context.values))
-    return Entries(slots, keys, values, place)
+    return Entries(slots, keys, values, place, context.weights)
+
+
+def dots(queries: Float[Tensor, "b d"], keys: Float[Tensor, "u d"], place: Int[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Returns the product of each query with its own keys, ``keys[place]``."""
+    if len(keys) <= _MANY * place.shape[1]:
+        return products(keys, queries).gather(0, place.mT).mT
+    rows = max(1, _TILE // (place.shape[1] * keys.shape[1] * keys.element_size()))
+    parts = zip(place.split(rows), queries.split(rows), strict=True)
+    near = ((keys.index_select(0, some.reshape(-1)).unflatten(0, some.shape), query) for some, query in parts)
+    return torch.cat([(repeated @ query.unsqueeze(-1)).squeeze(-1) for repeated, query in near])
 
 
 def groups(queries: Float[Tensor, "b d"], context: Context, outputs: int) -> Iterator[tuple[Tensor, Context]]:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from recollect.adaptation.entries import Entries, add_weighted_rows, distinct, groups
+from recollect.adaptation.entries import add_weighted_rows, distinct, dots, groups
 from recollect.adaptation.head import Head
 from recollect.adaptation.kept import Kept
 from recollect.adaptation.layers import Layer, split
@@ -30,6 +30,7 @@ from recollect.adaptation.rules import Rule, sgd
 from recollect.adaptation.workspace import workspace
 from recollect.likelihoods import Likelihood
 from recollect.memory import Context
+from recollect.memory.protocol import Entries
 from recollect.memory.scan import products
 
 _BUDGET = 4 * 2**20  # bytes that one chunk of queries works on, for each thread
@@ -76,6 +77,7 @@ class Factored:
         self._prior = prior
         self._chunk_size = chunk_size
         self._kept = Kept() if keep_base else None
+        self._inputs = Kept() if keep_base and prefix is not None else None  # what the prefix makes of the keys
 
     @staticmethod
     def build(
@@ -107,16 +109,26 @@ class Factored:
     def __call__(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b c"]:
         """Returns the outputs of each query's own adapted head; queries and context are in the head's dtype."""
         with self._alone():
-            if self.is_linear and self._steps == 1:
-                return self._step_once(queries, context)
+            if self.takes_entries:
+                return self._step_once(queries, distinct(context))
             return torch.cat([self._finish(adapted) for adapted in self._chunks(queries, context)])
+
+    @property
+    def takes_entries(self) -> bool:
+        """Whether ``step`` will do."""
+        return self.is_linear and self._steps == 1
+
+    def step(self, queries: Float[Tensor, "b d"], entries: Entries) -> Float[Tensor, "b c"]:
+        """Returns the same outputs from what was found, each entry once; only where ``takes_entries``."""
+        with self._alone():
+            return self._step_once(queries, entries)
 
     def contributions(self, queries: Float[Tensor, "b d"], context: Context) -> Float[Tensor, "b k c"]:
         """Returns what each neighbor added to each output; only where ``is_linear``."""
-        if self._steps == 1:
-            shares, entries, _ = self._shares(queries, context)
-            return shares.unsqueeze(-1) * self._pull(entries.keys, entries.values)[entries.place]
         with self._alone():
+            if self._steps == 1:
+                shares, entries, _ = self._shares(queries, distinct(context))
+                return shares.unsqueeze(-1) * self._pull(entries.keys, entries.values)[entries.place]
             return torch.cat([adapted.cross.mT * adapted.coefficients for adapted in self._chunks(queries, context)])
 
     def _alone(self) -> AbstractContextManager[object]:
@@ -129,26 +141,29 @@ class Factored:
             outputs = _apply(layer.activations, layer(outputs))
         return outputs.squeeze(1)
 
-    def _step_once(self, queries: Tensor, context: Context) -> Float[Tensor, "b c"]:
+    def _step_once(self, queries: Tensor, entries: Entries) -> Float[Tensor, "b c"]:
         """Returns the outputs after the only step of a linear head.
 
         Every entry is seen by the given head alone, so that the change is a sum over entries of what the gradient of
         ``log p(v | h)`` is there, each times its share: ``rate * w_k * (h_k . q + 1)``.
         """
-        shares, entries, queries = self._shares(queries, context)
+        shares, entries, queries = self._shares(queries, entries)
         outputs = self._linear(queries)
         if self._kept is None:
             return add_weighted_rows(outputs, shares, entries, self._pull)
         self._kept.update(entries, self._parameters(), self._pull)
-        return outputs.add_(self._kept.weighted_sum(context.slots, shares))
+        return outputs.add_(self._kept.weighted_sum(entries.slots[entries.place], shares))
 
-    def _shares(self, queries: Tensor, context: Context) -> tuple[Float[Tensor, "b k"], Entries, Tensor]:
-        """Returns each neighbor's share, the distinct entries, and the queries behind the prefix."""
-        entries = self._entries(context)
+    def _shares(self, queries: Tensor, entries: Entries) -> tuple[Float[Tensor, "b k"], Entries, Tensor]:
+        """Returns each neighbor's share, and entries and queries behind the prefix."""
+        entries = self._behind_prefix(entries)
         if self._prefix is not None:
             queries = self._prefix({}, queries)
-        near = context.keys if self._prefix is None else entries.keys[entries.place]
-        return self._reach(near, queries.unsqueeze(1)).squeeze(1) * context.weights * self._rule.rate, entries, queries
+        shares = entries.weights * self._rule.rate
+        if self._first.weight_adapts:
+            reach = dots(queries, entries.keys, entries.place)
+            shares = shares * (reach + 1 if self._first.bias_adapts else reach)
+        return shares, entries, queries
 
     def _pull(self, keys: Float[Tensor, "m d"], values: Shaped[Tensor, "m *v"]) -> Float[Tensor, "m c"]:
         """Returns the gradient of ``log p(v | h)`` at the given head's outputs."""
@@ -157,10 +172,16 @@ class Factored:
     def _parameters(self) -> tuple[Tensor, ...]:
         return tuple(self._first.linear.parameters())
 
-    def _entries(self, context: Context) -> Entries:
-        """Returns the distinct entries, each of which passes through the prefix only once."""
-        entries = distinct(context)
-        return entries if self._prefix is None else entries._replace(keys=self._prefix({}, entries.keys))
+    def _behind_prefix(self, entries: Entries) -> Entries:
+        """Returns the entries with what the prefix makes of their keys; with ``keep_base`` once as long as it stays."""
+        if self._prefix is None:
+            return entries
+        prefix, inputs = self._prefix, self._inputs
+        if inputs is None:
+            return entries._replace(keys=prefix({}, entries.keys))
+        state = (*prefix.module.parameters(), *prefix.module.buffers())
+        inputs.update(entries, state, lambda keys, values: prefix({}, keys))
+        return entries._replace(keys=inputs.rows(entries.slots))
 
     def _chunks(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts a chunk of queries at a time."""
@@ -169,7 +190,7 @@ class Factored:
 
     def _group(self, queries: Tensor, context: Context) -> Iterator["_Adapted"]:
         """Adapts the queries of a group, of which the entries in common pass through the first layer only once."""
-        entries = self._entries(context)
+        entries = self._behind_prefix(distinct(context))
         if self._prefix is not None:
             queries = self._prefix({}, queries)
         target = self._linear(queries)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from recollect.adaptation.entries import Entries
+from recollect.memory.protocol import Entries
 
 _WIDTH = 512  # columns of one block of the table: one block of a few thousand rows stays in the cache
 _CHUNK = 16 * 2**20  # bytes of rows that are computed at once
@@ -98,7 +98,7 @@ class Kept:
         same &= (self._values[at] == entries.values).view(len(at), -1).all(1)
         return ~same & (entries.slots >= 0)
 
-    def rows(self, slots: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+    def rows(self, slots: Int[Tensor, "*b"]) -> Float[Tensor, "*b c"]:
         """Returns the rows of the entries in ``slots``."""
         at = slots.clamp(min=0).reshape(-1)
         parts = [block.index_select(0, at) for block in self._blocks]

@@ -58,9 +58,9 @@ class LocalAdaptation:
         keep_base: Whether to keep, for each slot of the memory, what the given head says of the entry in it, and to
             compute it anew only when the entry or the head has changed. For ``rules.sgd`` and linear or MLP heads.
             The result is the same. It takes, for each slot up to the highest one seen and at most twice that, as many
-            numbers as the head has outputs (of an MLP, the first adapting layer) and a copy of key and value, which
-            stays after ``forget`` until the slot is seen with another entry. It pays where a head has many outputs: a
-            language model's, in one step.
+            numbers as the head has outputs (of an MLP, the first adapting layer) and a copy of key and value (two, and
+            the first adapting layer's input, where frozen layers come before it), which stays after ``forget`` until
+            the slot is seen with another entry. It pays where a head has many outputs: a language model's, in one step.
 
     Raises:
         SettingError: If a setting is outside its range.

@@ -5,14 +5,16 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from recollect.errors import DtypeError, NonFiniteError, SettingError, require
-from recollect.kernels import Kernel, inverse_distance
+from recollect.kernels import Kernel, dot_product, gaussian, inverse_distance
 from recollect.memory.checks import check_entries, check_limit, check_queries, overflows, too_large
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index, Neighbors, WindowIndex, expanded_distances
-from recollect.memory.protocol import Context
+from recollect.memory.protocol import Context, Entries
+from recollect.memory.scan import products
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing
 _KEY_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8)
+_GATHER = 4 * 2**20  # bytes of keys that are repeated at once for a kernel that looks at them
 
 
 class EpisodicMemory(nn.Module):
@@ -187,45 +189,81 @@ class EpisodicMemory(nn.Module):
 
         Returns:
             The context, with leading dimensions ``*batch``. In a memory with ``history`` entries that no query sees
-            are not among those of ``neighbors=None``.
+            are not among those of ``neighbors=None``. All entries under ``dot_product`` have distances by its products,
+            which the precision of ``|q|^2 + |h|^2`` limits; all others are exact to their own last digits.
 
         Raises:
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the queries do not fit this memory.
             SettingError: If ``neighbors`` is not a positive whole number or None.
         """
-        if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1):
-            raise SettingError(f"neighbors must be a whole number above 0, or None for all entries, got {neighbors!r}.")
-        require("kernel", kernel, Kernel, "a kernel, such as inverse_distance(epsilon=1e-3)")
-        flat, batch = check_queries(self, queries), queries.shape[:-1]
-        limit = None if before is None else check_limit(before, batch, self.keys.device)
-        if self.history and limit is not None:
-            limit = limit.minimum(self.step)
+        if neighbors is not None:
+            _check_neighbors(neighbors, ", or None for all entries")
+        flat, limit = self._check_read(queries, kernel, before)
         # Autocast would compute the distances in bfloat16.
         with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
             if neighbors is None:
                 context = self._read_all(flat, kernel, limit)
             else:
-                # The past may have held more than is left of the last writes.
-                most = min(self.capacity, int(self.size)) if self.history and limit is not None else len(self)
-                context = self._read_nearest(flat, min(neighbors, most), kernel, limit)
-        return Context(*(part.reshape(*batch, *part.shape[1:]) for part in context))
+                distances, slots = self._search(flat, neighbors, limit)
+                keys, values = (part.unflatten(0, slots.shape) for part in self._entries(slots.view(-1), flat.dtype))
+                weights = _normalize(kernel.log_weights(flat, keys, distances), slots < 0)
+                context = Context(keys, values, weights, distances, slots)
+        return Context(*(part.reshape(*queries.shape[:-1], *part.shape[1:]) for part in context))
 
-    def _read_nearest(self, queries: Tensor, count: int, kernel: Kernel, limit: Tensor | None) -> Context:
+    def read_entries(
+        self,
+        queries: Shaped[Tensor, "b d"],
+        neighbors: int,
+        *,
+        kernel: Kernel = inverse_distance(epsilon=1e-3),
+        before: int | Int[Tensor, " b"] | None = None,
+    ) -> Entries:
+        """Retrieves what ``read`` does, but each entry once: the keys are not repeated for every query.
+
+        Args:
+            queries, neighbors, kernel, before: As in ``read``; one batch dimension.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, NonFiniteError: If the queries do not fit this memory.
+            SettingError: If ``neighbors`` is not a positive whole number.
+        """
+        _check_neighbors(neighbors)
+        flat, limit = self._check_read(queries, kernel, before)
+        with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+            distances, slots = self._search(flat, neighbors, limit)
+            found, place = slots.unique(return_inverse=True)
+            keys, values = self._entries(found, flat.dtype)
+            if type(kernel) is inverse_distance or type(kernel) is gaussian:
+                log_weights = kernel.log_weights(None, None, distances)
+            else:
+                rows = max(1, _GATHER // max(1, place.shape[1] * keys.shape[1] * keys.element_size()))
+                parts = zip(flat.split(rows), place.split(rows), distances.split(rows), strict=True)
+                log_weights = torch.cat([kernel.log_weights(query, keys[at], far) for query, at, far in parts])
+            return Entries(found, keys, values, place, _normalize(log_weights, slots < 0))
+
+    def _check_read(
+        self, queries: Tensor, kernel: Kernel, before: int | Tensor | None
+    ) -> tuple[Float[Tensor, "b d"], Int[Tensor, " b"] | None]:
+        """Returns the queries in rows and the limit of each."""
+        require("kernel", kernel, Kernel, "a kernel, such as inverse_distance(epsilon=1e-3)")
+        flat = check_queries(self, queries)
+        limit = None if before is None else check_limit(before, queries.shape[:-1], self.keys.device)
+        return flat, limit.minimum(self.step) if self.history and limit is not None else limit
+
+    def _entries(self, slots: Int[Tensor, " u"], dtype: torch.dtype) -> tuple[Float[Tensor, "u d"], Tensor]:
+        """Returns the keys and values in ``slots``; the value is 0 where the slot is -1."""
+        at = slots.clamp(min=0)
+        keys, values = self.keys.index_select(0, at).to(dtype), self.values.index_select(0, at)
+        values[slots < 0] = 0
+        return keys, values
+
+    def _search(self, queries: Tensor, neighbors: int, limit: Tensor | None) -> Neighbors:
+        # The past may have held more than is left of the last writes.
+        most = min(self.capacity, int(self.size)) if self.history and limit is not None else len(self)
+        count = min(neighbors, most)
         if count == 0 or len(queries) == 0:
             distances = queries.new_zeros(len(queries), count)
-            slots = torch.zeros(distances.shape, dtype=torch.long, device=queries.device)
-        else:
-            distances, slots = self._search(queries, count, limit)
-        places = slots.clamp(min=0).reshape(-1)
-        keys = self.keys.index_select(0, places).to(queries.dtype).view(*slots.shape, self.key_size)
-        values = self.values.index_select(0, places).view(*slots.shape, *self.value_shape)
-        visible = slots >= 0
-        if not bool(visible.all()):
-            values[~visible] = 0
-        weights = _normalize(kernel.log_weights(queries, keys, distances), visible)
-        return Context(keys, values, weights, distances, slots)
-
-    def _search(self, queries: Tensor, count: int, limit: Tensor | None) -> Neighbors:
+            return Neighbors(distances, torch.zeros(distances.shape, dtype=torch.long, device=queries.device))
         if not self.history:
             return self.index.search(self.keys, self.written, queries, count, limit)
         limit = self.step.expand(len(queries)) if limit is None else limit
@@ -233,21 +271,25 @@ class EpisodicMemory(nn.Module):
 
     def _read_all(self, queries: Tensor, kernel: Kernel, limit: Tensor | None) -> Context:
         order = self._seen(limit)
-        keys, values = self.keys[order].to(queries.dtype), self.values[order]
+        keys, values = self._entries(order, queries.dtype)
         shape = (len(queries), len(order))
-        distances = expanded_distances(queries, keys)
-        log_weights = kernel.log_weights(queries, keys, distances)
-        slots, values = order.expand(shape), values.expand(*shape, *self.value_shape)
-        visible = torch.ones(shape, dtype=torch.bool, device=queries.device)
+        if type(kernel) is dot_product:  # the distances count for nothing: its products give them, too
+            dots = products(keys, queries).mT.contiguous()
+            log_weights = kernel.flatness * dots
+            distances = torch.add(keys.square().sum(1), dots, alpha=-2)
+            distances.add_(queries.square().sum(1, keepdim=True)).clamp_(min=0)
+        else:
+            distances = expanded_distances(queries, keys)
+            log_weights = kernel.log_weights(queries, keys, distances)
+        slots, values, hidden = order.expand(shape), values.expand(*shape, *self.value_shape), None
         if limit is not None:
             times, limit = self.written[order], limit.unsqueeze(1)
-            visible = times < limit
+            hidden = times >= limit
             if self.history:
-                visible &= times >= limit - self.capacity
-            hidden = ~visible
+                hidden |= times < limit - self.capacity
             slots, distances = slots.masked_fill(hidden, -1), distances.masked_fill_(hidden, torch.inf)
             values = values.masked_fill(hidden.view(*shape, *(1 for _ in self.value_shape)), 0)
-        return Context(keys.expand(*shape, -1), values, _normalize(log_weights, visible), distances, slots)
+        return Context(keys.expand(*shape, -1), values, _normalize(log_weights, hidden), distances, slots)
 
     def _seen(self, limit: Tensor | None) -> Int[Tensor, " n"]:
         """Returns the occupied slots, oldest first; with history only those that a query sees."""
@@ -328,8 +370,15 @@ def _require_window(index: Index) -> WindowIndex:
     return index
 
 
-def _normalize(log_weights: Float[Tensor, "b k"], visible: Bool[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+def _check_neighbors(neighbors: int, otherwise: str = "") -> None:
+    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
+        raise SettingError(f"neighbors must be a whole number above 0{otherwise}, got {neighbors!r}.")
+
+
+def _normalize(log_weights: Float[Tensor, "b k"], hidden: Bool[Tensor, "b k"] | None) -> Float[Tensor, "b k"]:
     # The largest finite numbers instead of infinite ones: inf - inf is NaN. A row without neighbors gets zeros.
     limits = torch.finfo(log_weights.dtype)
-    log_weights = log_weights.clamp(limits.min, limits.max).masked_fill_(~visible, -torch.inf)
-    return log_weights.softmax(-1).masked_fill(~visible, 0.0)
+    log_weights = log_weights.clamp(limits.min, limits.max)
+    if hidden is None:
+        return log_weights.softmax(-1)
+    return log_weights.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)

@@ -23,9 +23,23 @@ class Context(NamedTuple):
     weights: Float[Tensor, "*b k"]
     """The kernel's weights, normalized to sum to one over the neighbors."""
     distances: Float[Tensor, "*b k"]
-    """Squared Euclidean distances."""
+    """Squared Euclidean distances, as exact as the kernel needs them: see ``EpisodicMemory.read``."""
     slots: Int[Tensor, "*b k"]
     """Where the entries lie in the memory."""
+
+
+class Entries(NamedTuple):
+    """What a batch of queries has found, each entry once, whatever number of queries it is a neighbor of.
+
+    The neighbors of query i are the entries ``place[i]``, in the order of a context. What fills the places with slot -1
+    is an entry of its own, with slot -1.
+    """
+
+    slots: Int[Tensor, " u"]
+    keys: Float[Tensor, "u d"]
+    values: Shaped[Tensor, "u *v"]
+    place: Int[Tensor, "b k"]
+    weights: Float[Tensor, "b k"]
 
 
 @runtime_checkable
