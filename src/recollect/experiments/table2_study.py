@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from recollect import checkpoint
@@ -105,10 +106,12 @@ class Study:
         """Does what has not been done, and adds the rows."""
         choice = self._choice()
         rate, decay = self._dynamic_choice()
+        words: dict[tuple[str, str], dict[str, Tensor]] = {}
         for reader in ("static", "dynamic"):
-            words = {part: self._words(reader, part, choice, rate, decay) for part in ("valid", "test")}
+            for text in ("valid", "test"):
+                words[reader, text] = self._words(reader, text, choice, rate, decay)
             self._results(reader, words)
-        self._buckets()
+        self._buckets(words)
 
     # Choosing
 
@@ -132,8 +135,10 @@ class Study:
         for what, points, parts in (("cache", caches, scores.cache), ("mbpa", mbpas, scores.mbpa)):
             fit = fit_weights(scores.model, parts)
             for point, weight, loss in zip(points, fit.weights[1].tolist(), fit.loss.tolist(), strict=True):
-                numbers = {"weight": round(weight, 4), "loss": round(loss, 5)}
-                self._record.add(part="grid", key=key, what=what, setting=list(point), **numbers)
+                self._add(
+                    {"part": "grid", "key": key, "what": what, "setting": list(point)},
+                    {"weight": round(weight, 4), "loss": round(loss, 5)},
+                )
         best = choose(scores, caches, mbpas)
         row = {"part": "choice", "key": key, "model": float(-scores.model.log().double().mean()), **best._asdict()}
         row = json.loads(json.dumps(row))
@@ -216,37 +221,43 @@ class Study:
 
     # Results
 
-    def _results(self, reader: str, words: dict[str, dict[str, Tensor]]) -> None:
-        for name, parts in MIXTURES.items():
-            weights = fit_weights(*(words["valid"][part] for part in parts)).weights
-            for text, chances in words.items():
-                if self._record.find(part="result", reader=reader, mixture=name, text=text) is not None:
-                    continue
-                tokens = self._tokens(text)
-                nats = -mix(tuple(chances[part] for part in parts), list(weights)).log()
-                before = -self._kept(f"static-{text}", dict)["model"].log()
-                loss, gain = (interval(values, self._text.groups(tokens)) for values in (nats, before - nats))
-                self._record.add(
-                    **{"part": "result", "reader": reader, "mixture": name, "text": text},
-                    **{"weights": [round(float(w), 4) for w in weights], "words": len(nats)},
-                    **{"loss": loss.mean, "half_width": loss.half_width},
-                    **{"gain": gain.mean, "gain_half_width": gain.half_width},
-                    words_per_second=round(len(nats) / float(chances["seconds"]), 1),
+    def _results(self, reader: str, words: dict[tuple[str, str], dict[str, Tensor]]) -> None:
+        for name in MIXTURES:
+            for text in ("valid", "test"):
+                weights, nats = _mixed(name, words[reader, "valid"], words[reader, text])
+                _, before = _mixed("model", words["static", "valid"], words["static", text])
+                groups = self._text.groups(self._tokens(text))
+                loss, gain = interval(nats, groups), interval(before - nats, groups)
+                self._add(
+                    {"part": "result", "reader": reader, "mixture": name, "text": text},
+                    {
+                        **{"weights": [round(weight, 4) for weight in weights], "words": len(nats)},
+                        **{"loss": loss.mean, "half_width": loss.half_width},
+                        **{"gain": gain.mean, "gain_half_width": gain.half_width},
+                        "words_per_second": round(len(nats) / float(words[reader, text]["seconds"]), 1),
+                    },
                 )
 
-    def _buckets(self) -> None:
+    def _buckets(self, words: dict[tuple[str, str], dict[str, Tensor]]) -> None:
         """Adds Figure 8: what MbPA adds to the model with the cache, and to the model, by training frequency."""
-        tokens, words = self._text.test, self._kept("static-test", dict)
-        valid = self._kept("static-valid", dict)
-        nats: dict[str, Tensor] = {}
-        for name, parts in MIXTURES.items():
-            weights = fit_weights(*(valid[part] for part in parts)).weights
-            nats[name] = -mix(tuple(words[part] for part in parts), list(weights)).log()
+        tokens, counts = self._text.test, self._text.vocabulary.counts
+        nats = {name: _mixed(name, words["static", "valid"], words["static", "test"])[1] for name in MIXTURES}
         for before, after in (("cache", "both"), ("model", "mbpa"), ("model", "cache")):
-            if self._record.find(part="bucket", before=before, after=after) is not None:
-                continue
-            counts, groups = self._text.vocabulary.counts, self._text.groups(tokens)
-            found = gain_by_frequency(tokens, counts, nats[before], nats[after], groups)
+            found = gain_by_frequency(tokens, counts, nats[before], nats[after], self._text.groups(tokens))
             for number, bucket in enumerate(found, 1):
-                numbers = {**bucket._asdict(), "nats": bucket.nats.mean, "half_width": bucket.nats.half_width}
-                self._record.add(part="bucket", before=before, after=after, number=number, **numbers)
+                self._add(
+                    {"part": "bucket", "before": before, "after": after, "number": number},
+                    {**bucket._asdict(), "nats": bucket.nats.mean, "half_width": bucket.nats.half_width},
+                )
+
+    def _add(self, key: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Adds a row unless it is there."""
+        if self._record.find(**key) is None:
+            self._record.add(**key, **numbers)
+
+
+def _mixed(name: str, valid: dict[str, Tensor], words: dict[str, Tensor]) -> tuple[list[float], Float[Tensor, " n"]]:
+    """Returns the weights of a mixture, fitted to the validation text, and what each word of a text cost it."""
+    weights = fit_weights(*(valid[part] for part in MIXTURES[name])).weights
+    nats = -mix(tuple(words[part] for part in MIXTURES[name]), list(weights)).log()
+    return weights.tolist(), nats
