@@ -200,7 +200,7 @@ class ByFirstNumber:
 KERNELS = [inverse_distance(), gaussian(2.0), dot_product(0.3), ByFirstNumber()]
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 @pytest.mark.parametrize("history", [0, 5])
 @pytest.mark.parametrize("key_dtype", [torch.float32, torch.float64, torch.uint8])
 def test_entries_are_a_context_without_repeated_keys(
