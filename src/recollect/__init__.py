@@ -1,6 +1,6 @@
 """recollect: an episodic memory for PyTorch networks."""
 
-from recollect import continual
+from recollect import continual, language
 from recollect.adaptation import LocalAdaptation, rules
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
@@ -28,6 +28,7 @@ __all__ = [
     "dot_product",
     "gaussian",
     "inverse_distance",
+    "language",
     "load",
     "neural_cache",
     "rules",

@@ -47,6 +47,15 @@ def choose(scores: Scores, caches: Sequence[CacheSetting], mbpas: Sequence[MbPAS
         scores: From ``score``, on text that is not the one to be reported.
         caches: The settings in the order of ``scores.cache``.
         mbpas: The settings in the order of ``scores.mbpa``.
+
+    Example:
+        >>> from recollect.language import CacheGrid, LSTMModel, MbPAGrid, choose, read, score
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> caches, mbpas = CacheGrid((50,), (0.0, 1.0)), MbPAGrid((50,), (4,), (0.1, 1.0))
+        >>> scores = score(read(lm, torch.tensor([1, 2, 3] * 20)), caches, mbpas)
+        >>> choice = choose(scores, caches.points(), mbpas.points())
+        >>> choice.loss < min(choice.cache_loss, choice.mbpa_loss)
+        True
     """
     with_cache, with_mbpa = fit_weights(scores.model, scores.cache), fit_weights(scores.model, scores.mbpa)
     first, second = int(with_cache.loss.argmin()), int(with_mbpa.loss.argmin())
@@ -69,6 +78,16 @@ def keys_of(lm: LanguageModel, key: str) -> Hidden:
     Args:
         lm: The model.
         key: ``"hidden"`` or ``"input"``.
+
+    Raises:
+        SettingError: If the key is neither.
+
+    Example:
+        >>> from recollect.language import LSTMModel, keys_of
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> keys, state = keys_of(lm, "input")(torch.tensor([[3, 1]]))
+        >>> keys.shape
+        torch.Size([1, 2, 4])
     """
     require_choice("key", key, KEYS)
     if key == "hidden":
@@ -91,7 +110,21 @@ def predictor(
         choice: The settings.
         key: As in ``keys_of``, which makes the keys for it.
         history: The longest block that ``evaluate`` can then predict at once.
+
+    Raises:
+        SettingError: If the key is none of those.
+
+    Example:
+        >>> from recollect.language import CacheGrid, LSTMModel, MbPAGrid, choose, evaluate, predictor, read, score
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> caches, mbpas = CacheGrid((50,), (0.0, 1.0)), MbPAGrid((50,), (4,), (0.1, 1.0))
+        >>> scores = score(read(lm, torch.tensor([1, 2, 3] * 20)), caches, mbpas)
+        >>> choice = choose(scores, caches.points(), mbpas.points())
+        >>> output, memories = predictor(lm, choice, key="hidden")
+        >>> evaluate(lm.hidden, output, memories, torch.tensor([4, 5, 6] * 20)).perplexity < 10
+        True
     """
+    require_choice("key", key, KEYS)
     (size, flatness), (entries, neighbors, rate, steps) = choice.both
     layer = lm.output
     head = lm.decoder if key == "hidden" else layer

@@ -48,6 +48,13 @@ def gradient_statistics(
         ShapeError: If the text is too short.
         SettingError: If a number is no positive whole one, or all weights are frozen.
         LabelError: If a word is not in the model's vocabulary.
+
+    Example:
+        >>> from recollect.language import LSTMModel, gradient_statistics
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> statistics = gradient_statistics(lm, torch.tensor([1, 2, 3] * 20), batch=2)
+        >>> statistics["decoder.1.weight"].shape
+        torch.Size([10, 4])
     """
     for name, value in (("batch", batch), ("segment", segment), ("batches", 1 if batches is None else batches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -51,6 +51,13 @@ def read(
     Raises:
         SettingError: If a setting is none of those; at once.
         ShapeError, DtypeError, LabelError: If the text is no row of words of the vocabulary; when it comes to that.
+
+    Example:
+        >>> from recollect.language import LSTMModel, read
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> reading = next(read(lm, torch.tensor([3, 1, 4, 1, 5]), key="input"))
+        >>> reading.keys.shape, reading.logits.shape, reading.targets
+        (torch.Size([4, 4]), torch.Size([4, 10]), tensor([1, 4, 1, 5]))
     """
     require_choice("key", key, KEYS)
     return _read(lm, pairs(tokens, block, first=first), key)
@@ -88,6 +95,15 @@ def read_dynamically(
 
     Raises:
         SettingError, ShapeError, DtypeError, LabelError: See ``read``.
+
+    Example:
+        >>> from recollect.language import DynamicEvaluation, LSTMModel, gradient_statistics, read_dynamically
+        >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
+        >>> text = torch.tensor([1, 2, 3] * 20)
+        >>> with DynamicEvaluation(lm, gradient_statistics(lm, text, batch=2), rate=1e-2) as dynamic:
+        ...     readings = list(read_dynamically(lm, dynamic, text, segment=5))
+        >>> [len(reading.targets) for reading in readings[-2:]]
+        [5, 4]
     """
     require_choice("key", key, KEYS)
     return _read_dynamically(lm, dynamic, pairs(tokens, segment, first=first), key)

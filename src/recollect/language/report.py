@@ -210,6 +210,13 @@ def gain_by_frequency(
         SettingError: If the text has fewer different words than there are buckets.
         ShapeError: If not every word has a loss before and after, and a group.
         LabelError: If a word has no count.
+
+    Example:
+        >>> tokens, counts = torch.tensor([0, 0, 0, 1]), torch.tensor([900, 2])
+        >>> before, after = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.5])
+        >>> frequent, rare = gain_by_frequency(tokens, counts, before, after, torch.arange(4), buckets=2)
+        >>> frequent.nats.mean, rare.nats.mean, round(rare.gain)
+        (0.0, 0.5, 39)
     """
     if not tokens.shape == before.shape == after.shape == groups.shape:
         sizes = [tuple(part.shape) for part in (tokens, before, after, groups)]

@@ -36,6 +36,10 @@ class CacheGrid:
 
     Raises:
         SettingError: If there are none, a size is no positive whole number, or a flatness negative.
+
+    Example:
+        >>> CacheGrid(sizes=(100, 1000), flatness=(0.3,)).points()
+        [CacheSetting(size=100, flatness=0.3), CacheSetting(size=1000, flatness=0.3)]
     """
 
     sizes: tuple[int, ...]
@@ -59,6 +63,10 @@ class MbPAGrid:
     Raises:
         SettingError: If there are none, one that must be a positive whole number is not, neighbors or steps do not
             ascend, a rate is negative, or the kernel needs more than distances.
+
+    Example:
+        >>> MbPAGrid(sizes=(500,), neighbors=(64, 256), rates=(0.15, 0.5), steps=(1, 5)).points()[-1]
+        MbPASetting(size=500, neighbors=256, rate=0.5, steps=5)
     """
 
     sizes: tuple[int, ...]
