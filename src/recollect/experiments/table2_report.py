@@ -58,10 +58,11 @@ def _finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _table(corpus: str, rows: list[dict[str, Any]]) -> str:
+    words = next(row["words"] for row in rows if _is(row, part="result", text="valid"))
     lines = [
         f"### {TITLES[corpus]}",
         "",
-        "| model | valid | test | nats (95 %) | words/s | paper: valid | test | nats |",
+        f"| model | valid, {words:,} words | test | nats (95 %) | words/s | paper: valid | test | nats |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for reader, mixture, title in _ROWS:
