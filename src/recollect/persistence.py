@@ -20,7 +20,7 @@ from recollect.errors import FormatError, SettingError
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
-from recollect.memory import EpisodicMemory, ExactIndex
+from recollect.memory import EpisodicMemory, ExactIndex, Static
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
 
@@ -63,6 +63,7 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {
     Parametric: ("head", "likelihood"),
     NonParametric: ("memory", "classes", "neighbors", "kernel", "likelihood"),
     MbPA: ("head", "memory", "neighbors", "adaptation", "kernel", "likelihood"),
+    Static: ("memory",),
 }
 # A memory's other arguments are the shapes and dtypes of its tensors.
 _ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",)}
@@ -75,11 +76,11 @@ _SETTINGS = {kind.__name__: kind for kind in (*_KERNELS, *_LIKELIHOODS, *_ADAPTA
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Saves a predictor, a memory, or a network around them to a folder that ``load`` reads.
 
-    Saved are ``EpisodicMemory``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``, ``nn.Sequential`` and common
-    layers of ``torch.nn``, with all that they share: a memory or a parameter that two of them use is used by both
-    again after loading. Of any other module (your own network, a layer with hooks or parametrizations, a
-    memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance.
-    Tensors are stored contiguously, from any device.
+    Saved are ``EpisodicMemory``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``,
+    ``nn.Sequential`` and common layers of ``torch.nn``, with all that they share: a memory or a parameter that two of
+    them use is used by both again after loading. Of any other module (your own network, a layer with hooks or
+    parametrizations, a memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks
+    for an instance. Tensors are stored contiguously, from any device.
 
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
     at a time may save to a folder. A killed one leaves ``.<folder>.<number>.partial`` beside it, which the next save

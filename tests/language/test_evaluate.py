@@ -13,8 +13,8 @@ from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, Parametric
 from recollect.errors import DtypeError, LabelError, SettingError, ShapeError
 from recollect.language.evaluate import Evaluation, evaluate, pairs
 from recollect.language.lstm import LSTMModel
-from recollect.language.static import Static
 from recollect.likelihoods import Categorical, Likelihood
+from recollect.memory import Static
 from recollect.predictors import NonParametric, Predictor
 
 WORDS, LENGTH, FIRST = 20, 40, 3

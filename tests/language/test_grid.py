@@ -132,8 +132,8 @@ def adapted(layer: nn.Linear, near: list[int], parts: Reading, t: int, setting: 
 @pytest.mark.parametrize("reader", ["hidden", "input"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mbpa_is_autograd_on_a_copy(reader: str, bias: bool) -> None:
-    listed = readings(reader, text())
-    scores = score(listed, CACHES, MBPAS, bias=bias)
+    listed = [part._replace(bias=bias) for part in readings(reader, text())]
+    scores = score(listed, CACHES, MBPAS)
     parts = Reading(*(torch.cat(some) for some in zip(*(one[:4] for one in listed), strict=True)))
     for number, setting in enumerate(POINTS):
         for t in (0, 1, 2, 20, 49):
@@ -312,10 +312,14 @@ def test_a_layer_without_a_bias() -> None:
 
     # The recurrence does not use the softmax layer's bias.
     parts = list(read(Bare(), text()))
-    with pytest.raises(SettingError, match="has no bias"):
-        score(parts, CACHES, MBPAS, bias=True)
-    found, frozen = (score(parts, CACHES, MBPAS, bias=bias) for bias in (None, False))
-    assert torch.equal(found.mbpa, frozen.mbpa)
+    found = score(parts, CACHES, MBPAS)
+    for number, setting in enumerate(POINTS):
+        far = {
+            s: float((parts[0].keys[s] - parts[0].keys[20]).square().sum())
+            for s in range(max(0, 20 - setting.size), 20)
+        }
+        near = sorted(far, key=far.__getitem__)[: setting.neighbors]
+        close(found.mbpa[number, 20], adapted(lm.output, near, parts[0], 20, setting, bias=False))
 
 
 def test_a_model_that_says_nan() -> None:

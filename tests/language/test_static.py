@@ -1,17 +1,19 @@
 """A memory of a text that was read before: kNN-LM against its formula."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, Parametric, rules
+from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, NonParametric, Parametric, load, rules, save
 from recollect.errors import SettingError, ShapeError
 from recollect.language.evaluate import evaluate
 from recollect.language.lstm import LSTMModel
-from recollect.language.static import Static, knn_lm, remember
+from recollect.language.static import knn_lm, remember
+from recollect.memory import Static
 
 WORDS = 12
 
@@ -83,6 +85,37 @@ def test_every_word_sees_all_of_a_static_memory(lm: LSTMModel) -> None:
     queries = lm.hidden(text(15, seed=1)[None, :-1])[0][0]
     direct = MbPA(lm.decoder, memory, neighbors=5, adaptation=adaptation)(queries)
     torch.testing.assert_close(result.nats, -direct.gather(1, result.tokens[:, None]).squeeze(1))
+
+
+@pytest.mark.parametrize("form", ["bare", "mixed", "beside another"])
+def test_a_memory_that_is_read_but_not_named_is_refused(lm: LSTMModel, form: str) -> None:
+    """Of a filled memory the first word would silently see nothing, the second one entry, and so on."""
+    memory, other = filled(lm, text(40)), EpisodicMemory(capacity=40, key_size=6, key_dtype=torch.float64)
+    cache = NonParametric(memory, classes=WORDS, neighbors=5)
+    output = cache if form == "bare" else Mixture(Parametric(lm.decoder), cache, weights=(0.5, 0.5))
+    with pytest.raises(SettingError, match="reads a memory that is not named"):
+        evaluate(lm.hidden, output, other if form == "beside another" else None, text(15))
+    assert len(memory) == 39
+
+
+def test_a_named_memory_stays_as_it_is_when_another_is_refused(lm: LSTMModel) -> None:
+    """Entries that were forgotten leave write times behind, which ``evaluate`` clears; not before all is checked."""
+    named, unnamed = (EpisodicMemory(capacity=5, key_size=6, key_dtype=torch.float64) for _ in range(2))
+    named.forget(named.write(torch.zeros(3, 6).double(), torch.zeros(3).long()))
+    with pytest.raises(SettingError, match="reads a memory that is not named"):
+        evaluate(lm.hidden, NonParametric(unnamed, classes=WORDS, neighbors=5), named, text(15))
+    slots = named.write(torch.zeros(1, 6).double(), torch.zeros(1).long())
+    assert named.written[slots].tolist() == [3]
+
+
+def test_a_mixture_with_knn_lm_is_saved_and_loaded(lm: LSTMModel, tmp_path: Path) -> None:
+    train, test = text(40), text(15, seed=1)
+    knn = knn_lm(filled(lm, train), classes=WORDS, neighbors=9)
+    output = Mixture(Parametric(torch.nn.Linear(6, WORDS).double()), knn, weights=(0.7, 0.3))
+    save(output, tmp_path / "knn")
+    found = load(tmp_path / "knn")
+    expected, nats = (evaluate(lm.hidden, one, None, test).nats for one in (output, found))
+    assert torch.equal(nats, expected)
 
 
 def test_static_is_the_memory_to_read_and_refuses_to_be_written(lm: LSTMModel) -> None:

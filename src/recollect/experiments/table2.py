@@ -29,7 +29,7 @@ class Scale:
 
 
 _SMALL = Size(650, 256, input_dropout=0.4, state_dropout=0.2, output_dropout=0.35)
-_SHORT = Schedule(epochs=24.0, rate=0.003, turn=200, patience=4, decay=0.3, anneal=0.3)
+_SHORT = Schedule(epochs=20.0, rate=0.003, turn=200, patience=4, decay=0.3, anneal=0.3)
 _MELIS = {"input_dropout": 0.5799, "state_dropout": 0.2153, "output_dropout": 0.3270}
 _SMOKE = Scale(
     replace(_SMALL, hidden_size=48, embedding_size=32),
@@ -47,7 +47,7 @@ SCALES = {
     ("small", "ptb"): Scale(_SMALL, _SHORT, StudySettings()),
     ("small", "wikitext-2"): Scale(
         replace(_SMALL, input_dropout=0.2, state_dropout=0.1, output_dropout=0.2),  # too short a training to overfit
-        replace(_SHORT, epochs=4.0, turn=466),
+        replace(_SHORT, epochs=3.0, turn=466),
         LARGE,
     ),
     ("paper", "ptb"): Scale(Size(1194, 268, **_MELIS), Schedule(), StudySettings()),

@@ -20,15 +20,12 @@ from torch import Tensor, nn
 
 from recollect.continual.modes import evaluation
 from recollect.errors import (
-    DeviceError,
-    DtypeError,
     HeadError,
-    LabelError,
     MissingExtraError,
     SettingError,
     ShapeError,
-    require_tensor,
 )
+from recollect.language.model import check_tokens
 
 
 class Window(NamedTuple):
@@ -187,7 +184,7 @@ class CausalLM:
             ShapeError: If there are no words, or the state is that of another number of texts.
             DtypeError, DeviceError: If the words are no whole numbers, or on another device than the model.
         """
-        left = self._checked(tokens)
+        left = check_tokens("tokens", tokens, vocabulary=self._words, device=self._output.weight.device)
         if state is None:
             state = Window(left[:, :0], self._empty())
         if len(state.words) != len(left):
@@ -222,24 +219,6 @@ class CausalLM:
         """Reads words that come after those of the cache, which remembers them."""
         model = self._model.base_model
         return model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True).last_hidden_state
-
-    def _checked(self, tokens: Tensor) -> Tensor:
-        """Returns word numbers as the model takes them, or says what is wrong with them."""
-        require_tensor("tokens", tokens)
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise ShapeError(f"tokens must have shape (texts, words), with at least one word, got {(*tokens.shape,)}.")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise DtypeError(f"tokens must be whole numbers, got {tokens.dtype}. Use .long().")
-        device = self._output.weight.device
-        if tokens.device != device:
-            raise DeviceError(f"tokens are on {tokens.device}, the model is on {device}. Move one of them with .to().")
-        low, high = (int(end) for end in tokens.aminmax())
-        if low < 0 or high >= self._words:
-            raise LabelError(
-                f"words are numbered from 0 to {self._words - 1} in this model, got {low if low < 0 else high}. Was "
-                "the text read with another tokenizer?"
-            )
-        return tokens.long()
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:

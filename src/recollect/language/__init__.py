@@ -21,9 +21,10 @@ from recollect.language.model import LanguageModel
 from recollect.language.reading import Reading, read, read_dynamically
 from recollect.language.report import Interval, articles, blocks, fit_weights, gain_by_frequency, interval
 from recollect.language.settings import CacheGrid, CacheSetting, MbPAGrid, MbPASetting
-from recollect.language.static import Static, knn_lm, remember
+from recollect.language.static import knn_lm, remember
 from recollect.language.train import Schedule, Step, Turn, train
 from recollect.language.vocabulary import Vocabulary
+from recollect.memory import Static
 
 __all__ = [
     "CacheGrid",

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require, require_tensor
-from recollect.memory import EpisodicMemory, Memory
+from recollect.memory import EpisodicMemory, Memory, Static
 from recollect.predictors import Predictor
 
 _BLOCK = 256  # words that are predicted at once
@@ -91,8 +91,8 @@ def evaluate(
         watch: Called after each block with the number of its words.
 
     Raises:
-        SettingError: If a memory is not empty (nothing of it is lost) or named twice, ``block`` no positive whole
-            number, ``first`` no word's number, or a distribution not normalized.
+        SettingError: If a memory is not empty (nothing of it is lost), named twice, or read by ``output`` but not
+            named, ``block`` no positive whole number, ``first`` no word's number, or a distribution not normalized.
         ShapeError: If no word can be scored, a part is not one row of words, or ``hidden`` does not return one vector
             for each word.
         DtypeError: If the words are no whole numbers.
@@ -112,6 +112,9 @@ def evaluate(
     """
     blocks = pairs(tokens, block, first=first)
     memories = _empty(memory)
+    _require_named(output, memories)
+    for one in memories:
+        one.clear()  # its write times count from 0
     started = time.perf_counter()
     state: Any = None
     losses: list[Tensor] = []
@@ -203,7 +206,7 @@ def check_words(targets: Int[Tensor, "*t"], vocabulary: int) -> None:
 
 
 def _empty(memory: Memory | Sequence[Memory] | None) -> tuple[Memory, ...]:
-    """Returns the memories to write to, whose write times count from 0; all are looked at before one is touched."""
+    """Returns the memories to write to, all of them empty."""
     memories = () if memory is None else (memory,) if isinstance(memory, Memory) else tuple(memory)
     for number, one in enumerate(memories):
         require("memory", one, Memory, "a memory, such as EpisodicMemory(capacity=1000, key_size=64), or several")
@@ -215,9 +218,20 @@ def _empty(memory: Memory | Sequence[Memory] | None) -> tuple[Memory, ...]:
                 "Call memory.clear() first, or if it is only read from, wrap it as Static(memory) where it is read and "
                 "do not name it here."
             )
-    for one in memories:
-        one.clear()
     return memories
+
+
+def _require_named(output: Predictor, memories: tuple[Memory, ...]) -> None:
+    """Refuses a predictor with a memory that nobody writes to: it would show a word its first entries, or none."""
+    parts = list(output.modules()) if isinstance(output, nn.Module) else []
+    whole = [*memories, *(part for part in parts if isinstance(part, Static))]
+    known = {id(part) for one in whole if isinstance(one, nn.Module) for part in one.modules()}
+    for part in parts:
+        if isinstance(part, EpisodicMemory) and id(part) not in known:
+            raise SettingError(
+                "output reads a memory that is not named. Pass it as memory=, for each word to be written to it, or "
+                "wrap it as Static(memory) where output reads it, if it was filled beforehand."
+            )
 
 
 def _score(

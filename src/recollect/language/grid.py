@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recollect.errors import DtypeError, NonFiniteError, SettingError
+from recollect.errors import DtypeError, NonFiniteError
 from recollect.language.evaluate import too_short
 from recollect.language.reading import BLOCK, Reading, gathered
 from recollect.language.settings import CacheGrid, MbPAGrid
@@ -41,7 +41,6 @@ def score(
     cache: CacheGrid | Sequence[CacheGrid],
     mbpa: MbPAGrid | Sequence[MbPAGrid],
     *,
-    bias: bool | None = None,
     table_dtype: torch.dtype | None = None,
     watch: Callable[[int], None] = lambda words: None,
 ) -> Scores:
@@ -54,14 +53,12 @@ def score(
         readings: From ``read`` or ``read_dynamically``.
         cache: Settings of the cache, in one grid, several, or none.
         mbpa: Settings of MbPA, likewise.
-        bias: Whether the softmax layer's bias adapts too. When None it does where there is one.
         table_dtype: In which to keep what the model said at each entry, entries x words of the vocabulary numbers;
             bfloat16 takes half the room and half the time, and moves the logits' change by some thousandths of it.
             That of the logits when None.
         watch: Called after each block with the number of its words.
 
     Raises:
-        SettingError: If a bias is to adapt that the model does not have.
         DtypeError: If ``table_dtype`` does not hold fractions.
         NonFiniteError: If the model's predictions are no numbers.
         ShapeError: If no word can be scored.
@@ -83,13 +80,11 @@ def score(
     window: Window | None = None
     parts: list[tuple[Tensor, ...]] = []
     for reading in gathered(readings):
-        if bias and not reading.bias:
-            raise SettingError("bias=True, but this model's softmax layer has no bias. Leave bias= out.")
         if window is None:
             rows = max([0, *(size for grid in (*caches, *mbpas) for size in grid.sizes)]) + BLOCK
             window = Window(reading, rows, table_dtype, keep_table=len(mbpas) > 0)
         with torch.no_grad():
-            parts.append(_score(window, reading, done, caches, mbpas, reading.bias if bias is None else bias))
+            parts.append(_score(window, reading, done, caches, mbpas))
         done += len(reading.targets)
         watch(len(reading.targets))
     if not parts:
@@ -103,7 +98,6 @@ def _score(
     done: int,
     caches: tuple[CacheGrid, ...],
     mbpas: tuple[MbPAGrid, ...],
-    bias: bool,
 ) -> tuple[Tensor, ...]:
     """Writes a block of words, and returns the fields of its ``Scores``."""
     times = torch.arange(done, done + len(reading.targets), device=reading.targets.device)
@@ -115,5 +109,5 @@ def _score(
     window.add(reading, times)
     nothing = chances.new_empty(0, len(chances))
     of_cache = torch.cat([nothing, *(score_cache(window, reading, times, grid) for grid in caches)])
-    of_mbpa = torch.cat([nothing, *(score_mbpa(window, reading, times, grid, bias=bias) for grid in mbpas)])
+    of_mbpa = torch.cat([nothing, *(score_mbpa(window, reading, times, grid) for grid in mbpas)])
     return reading.targets, chances, of_cache, of_mbpa

@@ -8,15 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from recollect.errors import (
-    DeviceError,
-    DtypeError,
-    LabelError,
     SettingError,
     ShapeError,
     require_number,
-    require_tensor,
 )
 from recollect.language.loss import linear_cross_entropy
+from recollect.language.model import check_tokens
 from recollect.language.recurrent import unroll
 
 
@@ -236,20 +233,5 @@ class LSTMModel(nn.Module):
             )
         return State(*(part.to(self._weights.hh.dtype) for part in state))
 
-    def _checked(self, name: str, tokens: Tensor) -> Tensor:
-        """Returns word numbers as embedding and loss take them, or says what is wrong with them."""
-        require_tensor(name, tokens)
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise ShapeError(f"{name} must have shape (texts, words), with at least one word, got {(*tokens.shape,)}.")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise DtypeError(f"{name} must be whole numbers, got {tokens.dtype}. Use .long().")
-        device = self.output.weight.device
-        if tokens.device != device:
-            raise DeviceError(f"{name} are on {tokens.device}, the model is on {device}. Move one of them with .to().")
-        low, high = (int(end) for end in tokens.aminmax())
-        if low < 0 or high >= self.vocabulary:
-            raise LabelError(
-                f"words are numbered from 0 to {self.vocabulary - 1} in this model, got {low if low < 0 else high}. "
-                "Was the text read with another vocabulary?"
-            )
-        return tokens.long()
+    def _checked(self, name: str, tokens: Tensor) -> Int[Tensor, "b t"]:
+        return check_tokens(name, tokens, vocabulary=self.vocabulary, device=self.output.weight.device)

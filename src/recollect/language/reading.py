@@ -28,7 +28,7 @@ class Reading(NamedTuple):
     targets: Int[Tensor, " t"]
     """The words that came."""
     bias: bool = True
-    """Whether the softmax layer has a bias."""
+    """Whether the softmax layer has a bias, which adapts with it."""
 
 
 def read(

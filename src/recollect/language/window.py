@@ -85,9 +85,7 @@ def score_cache(window: Window, reading: Reading, times: Int[Tensor, " t"], grid
     return torch.stack(out)
 
 
-def score_mbpa(
-    window: Window, reading: Reading, times: Int[Tensor, " t"], grid: MbPAGrid, *, bias: bool
-) -> Float[Tensor, "m t"]:
+def score_mbpa(window: Window, reading: Reading, times: Int[Tensor, " t"], grid: MbPAGrid) -> Float[Tensor, "m t"]:
     """Returns the probability that MbPA gives to each word of a block, by each of ``grid.points()``."""
     keys = window.keys
     products = reading.keys @ keys.mT
@@ -98,11 +96,11 @@ def score_mbpa(
         near = distances.clamp(min=0).masked_fill_(~window.seen(times, size), torch.inf)
         near, rows = near.topk(min(grid.neighbors[-1], near.shape[1]), largest=False)
         weights = _weights(grid, near)
-        cross = reach.gather(1, rows) + int(bias)
+        cross = reach.gather(1, rows) + int(reading.bias)
         if grid.steps == (1,):
             out.append(_one_step(window, reading, grid, rows, weights, cross))
         else:
-            out.append(_steps(window, reading, grid, rows, weights, cross, bias=bias))
+            out.append(_steps(window, reading, grid, rows, weights, cross))
     return torch.cat(out)
 
 
@@ -141,7 +139,7 @@ def _gold(logits: Float[Tensor, "t c"], targets: Int[Tensor, " t"]) -> Float[Ten
 
 
 def _steps(
-    window: Window, reading: Reading, grid: MbPAGrid, rows: Tensor, weights: Tensor, cross: Tensor, *, bias: bool
+    window: Window, reading: Reading, grid: MbPAGrid, rows: Tensor, weights: Tensor, cross: Tensor
 ) -> Float[Tensor, "m t"]:
     out = reading.logits.new_empty(len(grid.neighbors), len(grid.rates), len(grid.steps), len(rows))
     size = reading.logits.element_size() * reading.logits.shape[1]
@@ -154,9 +152,7 @@ def _steps(
             share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
             logs = window.logs(near, reading.logits.dtype)
             for j, rate in enumerate(grid.rates):
-                out[i, j, :, part] = _descend(
-                    window, some, grid, near, rate * share, logs, cross[part, :count], bias=bias
-                )
+                out[i, j, :, part] = _descend(window, some, grid, near, rate * share, logs, cross[part, :count])
     return out.flatten(0, 2)
 
 
@@ -168,12 +164,10 @@ def _descend(
     rates: Float[Tensor, "t k"],
     logs: Float[Tensor, "t k c"],
     cross: Float[Tensor, "t k"],
-    *,
-    bias: bool,
 ) -> Float[Tensor, "s t"]:
     """Takes the steps of a few queries, and returns what their words got after each of ``grid.steps``."""
     inputs, values, pull = window.inputs[rows], window.values[rows].unsqueeze(-1), rates.unsqueeze(-1)
-    gram = inputs @ inputs.mT + int(bias)
+    gram = inputs @ inputs.mT + int(reading.bias)
     coefficients = torch.zeros_like(logs)
     out = []
     for step in range(1, grid.steps[-1] + 1):

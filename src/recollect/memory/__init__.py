@@ -5,5 +5,6 @@ from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index
 from recollect.memory.protocol import Context, Memory
+from recollect.memory.static import Static
 
-__all__ = ["ApproximateIndex", "Context", "EpisodicMemory", "ExactIndex", "Index", "Memory"]
+__all__ = ["ApproximateIndex", "Context", "EpisodicMemory", "ExactIndex", "Index", "Memory", "Static"]
