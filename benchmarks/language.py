@@ -1,9 +1,9 @@
 """Reading a text with a memory: the neural cache, MbPA on the softmax layer, and a language model with both."""
 
 import functools
-import threading
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from benchmarks import floors, reading
 from benchmarks.case import Call, Case
 from benchmarks.checks import DisagreementError, same
+from benchmarks.going import Going
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, Parametric, neural_cache, rules
-from recollect.language import LSTMModel, evaluate
+from recollect.language import CacheGrid, LSTMModel, MbPAGrid, Reading, Scores, evaluate, score
 from recollect.predictors import Predictor
 
 NAME = "language"
@@ -98,7 +99,7 @@ class _Text:
         # Keys of length 4, whatever their size, as in the benchmark of the adaptation.
         self._keys = torch.randn(length, setting.key, generator=generator, device=device) * (4 * setting.key**-0.5)
         self._words = words(setting, length, generator)
-        self._blocks = list(zip(self._keys.split(setting.block), self._words.split(setting.block), strict=True))
+        self.blocks = list(zip(self._keys.split(setting.block), self._words.split(setting.block), strict=True))
         self.memory = EpisodicMemory(setting.entries, setting.key, history=setting.block).to(device)
         self._done = 0
         for _ in range(blocks):
@@ -106,7 +107,7 @@ class _Text:
 
     def next(self) -> _Block:
         """Writes the next block."""
-        keys, came = self._blocks[self._done % len(self._blocks)]
+        keys, came = self.blocks[self._done % len(self.blocks)]
         self.memory.write(keys, came)
         times = int(self.memory.step) - len(came) + torch.arange(len(came), device=came.device)
         self._done += 1
@@ -122,6 +123,36 @@ def words(setting: Setting, count: int, generator: torch.Generator) -> Tensor:
     """Draws words by Zipf's law: the n-th most frequent is n times as rare as the first."""
     ranks = torch.arange(1, setting.classes + 1, device=generator.device)
     return torch.multinomial(1 / ranks, count, replacement=True, generator=generator)
+
+
+class _Scorer:
+    """Reads blocks as ``score`` does, which makes of each word's distribution only what the word that came got.
+
+    Args:
+        parts: What comes before the softmax layer, and that layer.
+        settings: Of ``score``.
+    """
+
+    def __init__(self, *parts: nn.Module, **settings: Any) -> None:
+        self._projection, self._layer = parts
+        self._settings = settings
+
+    def all(self, keys: Tensor, words: Tensor) -> Scores:
+        """Reads a text from its first word to its last."""
+        return score([self._reading(keys, words)], **self._settings)
+
+    def going(self, text: _Text) -> Going:
+        """Reads a block more in each call."""
+        readings = (self._reading(*block) for block in itertools.cycle(text.blocks))
+        going = Going(lambda parts: score(parts, **self._settings), readings)
+        for _ in text.blocks:
+            going()
+        return going
+
+    @torch.no_grad()
+    def _reading(self, keys: Tensor, words: Tensor) -> Reading:
+        inputs = self._projection(keys)
+        return Reading(keys, inputs, self._layer(inputs), words)
 
 
 def _head(setting: Setting, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Linear]:
@@ -146,11 +177,12 @@ def _gold(chances: Tensor, came: Tensor) -> Tensor:
 
 
 def _cache(setting: Setting, device: torch.device) -> Case:
-    head, *_ = _head(setting, device)
+    head, *layers = _head(setting, device)
     flatness, weight = FLATNESS[setting.text], WEIGHT[setting.text]
     text, still = _Text(setting, device), _Text(setting, device)
     last, settings = still.last, {"flatness": flatness, "weight": weight}
     ones = still.past(setting.few).words.unsqueeze(1)
+    scorer = _Scorer(*layers, cache=CacheGrid((setting.entries,), (flatness,)), mbpa=())
     history = torch.zeros(len(ones), setting.classes, device=device).scatter_(1, ones, 1.0)
 
     def mixture(memory: EpisodicMemory) -> Mixture:
@@ -172,6 +204,9 @@ def _cache(setting: Setting, device: torch.device) -> Case:
         for name, loop in loops.items():
             theirs = torch.stack(list(loop())).log()
             same(name, ours[: len(theirs)], theirs, tolerance=1e-4)
+        scores = scorer.all(*still.past(setting.block)[:2])
+        theirs = ((1 - weight) * scores.model + weight * scores.cache[0])[-setting.block :].log()
+        same("score", _gold(ours, last.words), theirs, tolerance=1e-4)
 
     def scored(loop: Callable[[], Iterator[Tensor]]) -> Tensor:
         return torch.stack([chances[word].log() for chances, word in zip(loop(), last.words, strict=False)])
@@ -181,6 +216,7 @@ def _cache(setting: Setting, device: torch.device) -> Case:
         label=f"{setting.text}, V={setting.classes:,} d={setting.size} N={setting.entries:,}",
         contenders={
             "recollect": functools.partial(_read_block, text, mixture(text.memory)),
+            "score": scorer.going(text),
             **{name: functools.partial(scored, loop) for name, loop in loops.items()},
         },
         ours="recollect",
@@ -188,7 +224,13 @@ def _cache(setting: Setting, device: torch.device) -> Case:
         queries=setting.block,
         fewer={"one-hot loop": setting.few},
         check=check,
+        derived=functools.partial(_over_score, "one-hot loop"),
     )
+
+
+def _over_score(loop: str, walls: Mapping[str, float]) -> Mapping[str, str]:
+    """Returns how many times as long as ``score`` a loop takes."""
+    return {f"{loop} / score": f"{walls[loop] / walls['score']:.0f}x"}
 
 
 def _model(setting: Setting, head: nn.Module, memory: EpisodicMemory) -> MbPA:
@@ -206,6 +248,8 @@ def _mbpa(setting: Setting, device: torch.device) -> Case:
     def found() -> Iterator[reading.Neighbors]:
         return reading.neighbors(queries, times, still.memory, count=setting.neighbors, projection=projection)
 
+    grid = MbPAGrid((setting.entries,), (setting.neighbors,), (_RATE,))
+    scorer = _Scorer(projection, softmax_layer, cache=(), mbpa=grid, table_dtype=torch.bfloat16)
     loops: dict[str, Callable[[], Iterator[Tensor]]] = {
         "copy loop": lambda: reading.copied(softmax_layer, found(), rate=_RATE),
         "gradient loop": lambda: reading.differentiated(softmax_layer, found(), rate=_RATE),
@@ -218,6 +262,9 @@ def _mbpa(setting: Setting, device: torch.device) -> Case:
             raise DisagreementError("The adaptation changes next to nothing, so that it could be missing.")
         for name, loop in loops.items():
             same(name, ours, torch.cat(list(loop())).log_softmax(1) - base, tolerance=1e-2)
+        scores = scorer.all(*still.past(setting.few)[:2])
+        theirs = (scores.mbpa[0].log() - scores.model.log())[-setting.few :]
+        same("score", _gold(ours, came), theirs, tolerance=1e-2)
 
     def scored(loop: Callable[[], Iterator[Tensor]]) -> Tensor:
         return torch.cat([logits.log_softmax(1)[:, word] for logits, word in zip(loop(), came, strict=True)])
@@ -228,6 +275,7 @@ def _mbpa(setting: Setting, device: torch.device) -> Case:
         label=f"{setting.text}, V={setting.classes:,} d={key}{setting.size} N={setting.entries:,}",
         contenders={
             "recollect": functools.partial(_read_block, text, _model(setting, head, text.memory)),
+            "score": scorer.going(text),
             **{name: functools.partial(scored, loop) for name, loop in loops.items()},
         },
         ours="recollect",
@@ -235,6 +283,7 @@ def _mbpa(setting: Setting, device: torch.device) -> Case:
         queries=setting.block,
         fewer=dict.fromkeys(loops, setting.few),
         check=check,
+        derived=functools.partial(_over_score, "gradient loop"),
     )
 
 
@@ -245,44 +294,6 @@ def _mbpa_work(setting: Setting, count: int) -> floors.Work:
         floors.projection(setting.hidden, setting.size, count),
         floors.linear_kept(*sizes, steps=1, entries=setting.entries + setting.block),
     )
-
-
-class Going:
-    """Reads some more of a text in each call, by a function that reads it from its first word to its last.
-
-    Args:
-        read: That function; it is left waiting between the calls, in a thread of its own.
-        parts: The text. The first part is read at once.
-    """
-
-    def __init__(self, read: Callable[[Iterator[Tensor]], object], parts: Iterator[Tensor]) -> None:
-        self._read = read
-        self._parts = parts
-        self._wanted, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, daemon=True).start()
-        self()
-
-    def __call__(self) -> None:
-        self._wanted.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            self._read(self._handed_out())
-            self._error = EOFError("the text has ended")
-        except Exception as error:  # raised again where it is seen
-            self._error = error
-        self._done.release()
-
-    def _handed_out(self) -> Iterator[Tensor]:
-        for part in self._parts:
-            self._wanted.acquire()
-            yield part
-            self._done.release()  # it is the next that is asked for
-        self._wanted.acquire()
 
 
 def _whole(setting: Setting, device: torch.device) -> Case:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import floors, language, reading
 from benchmarks.checks import DisagreementError
+from benchmarks.going import Going
 
 CPU = torch.device("cpu")
 SMALL = language.Setting("PTB", 40, 6, 20, few=5, neighbors=4, block=8)
@@ -68,7 +69,7 @@ def test_reading_goes_on_where_it_was() -> None:
         for part in parts:
             read.extend(part.tolist())
 
-    going = language.Going(reader, iter(torch.arange(6).split(2)))
+    going = Going(reader, iter(torch.arange(6).split(2)))
     assert read == [0, 1]
     going()
     assert read == [0, 1, 2, 3]
@@ -84,7 +85,7 @@ def test_errors_of_the_reader_are_raised_in_the_call() -> None:
         raise ValueError("no such word")
 
     with pytest.raises(ValueError, match="no such word"):
-        language.Going(reader, iter([torch.zeros(1), torch.zeros(1)]))
+        Going(reader, iter([torch.zeros(1), torch.zeros(1)]))
 
 
 def test_the_whole_text_is_counted_in_seconds() -> None:
