@@ -35,6 +35,10 @@ def evaluate(text: Path, model: Path, *more: str) -> int:
     return main(["lm", "evaluate", "--text", str(text), "--model", str(model), *more])
 
 
+def perplexities(table: str) -> list[float]:
+    return [float(line.split(" | ")[1]) for line in table.splitlines()[2:] if line.startswith(("| model", "| +"))]
+
+
 def error(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -51,9 +55,22 @@ def test_it_trains_chooses_and_reads(
     assert train(files, out) == 0  # goes on where it was: at its end
     assert capsys.readouterr().out == table
     assert evaluate(files["test"], out) == 0
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    alone, mixed = (float(cells[1]) for cells in lines[-2:])
+    printed = capsys.readouterr().out
+    text = files["test"].read_text()
+    assert printed.startswith(f"{len(text.split()) + text.count(chr(10))} words of ")  # the first one and <eos> too
+    alone, mixed = perplexities(printed)[-2:]
     assert 1 < mixed < alone < 30
+
+
+def test_what_is_read_is_what_was_chosen(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the text that the choice was made by, reading word by word costs what the grid said."""
+    out = tmp_path / "lm"
+    assert train(files, out, "--tune", "1000") == 0
+    alone, _, _, mixed = perplexities(capsys.readouterr().out)
+    assert evaluate(files["valid"], out) == 0
+    assert perplexities(capsys.readouterr().out) == pytest.approx([alone, mixed], abs=0.11)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from recollect import Parametric
+from recollect import Parametric, checkpoint
 from recollect.data import Corpus, penn_treebank
 from recollect.data.fetch import data_folder
 from recollect.experiments import figure8, language_models, table2
@@ -14,7 +15,7 @@ from recollect.experiments.language_models import Size
 from recollect.experiments.runner import read_rows
 from recollect.experiments.table2 import Scale, Table2
 from recollect.experiments.table2_study import MIXTURES, Study, StudySettings
-from recollect.language import CacheGrid, MbPAGrid, Schedule, evaluate, interval
+from recollect.language import CacheGrid, MbPAGrid, Schedule, evaluate, fit_weights, interval
 
 FOLDER = data_folder()
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,15 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "words_per_second"} for row in read_rows(out / "ptb/results.jsonl")]
 
 
+def kept(out: Path, reader: str, part: str, found: list[dict]) -> dict[str, Tensor]:
+    """Returns what each part of the mixtures gave to each word."""
+    steps = max(row["step"] for row in found if row["part"] == "train")
+    file = out / f"ptb/{reader}-{part}.checkpoint"
+    parts = checkpoint.read(file, run={"steps": steps, "name": f"{reader}-{part}"})
+    assert parts is not None
+    return parts
+
+
 def test_a_run_has_every_row_and_its_numbers_are_those_of_the_readings(corpus: Corpus, tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = table2.run(Table2(out=out))
@@ -76,7 +86,12 @@ def test_a_run_has_every_row_and_its_numbers_are_those_of_the_readings(corpus: C
     for row in results:
         static = next(r for r in results if (r["reader"], r["mixture"], r["text"]) == ("static", "model", row["text"]))
         assert row["gain"] == pytest.approx(static["loss"] - row["loss"], abs=1e-6)
-        assert sum(row["weights"]) == pytest.approx(1, abs=1e-3)
+        given, valid = (kept(out, row["reader"], part, found) for part in (row["text"], "valid"))
+        names = MIXTURES[row["mixture"]]
+        weights = fit_weights(*(valid[name] for name in names)).weights  # each reader's own, never of the test text
+        assert row["weights"] == pytest.approx(weights.tolist(), abs=1e-4)
+        mixed = sum(weight * given[name].double() for weight, name in zip(weights, names, strict=True))
+        assert row["loss"] == pytest.approx(float(-mixed.log().mean()), abs=1e-6)
     assert f"{math.exp(base['loss']):.1f}" in table
 
 
