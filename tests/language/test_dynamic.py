@@ -196,3 +196,22 @@ def test_learning_needs_the_words_that_were_read() -> None:
     dynamic.hidden(text(3).unsqueeze(0))
     with pytest.raises(LabelError, match=f"word number {WORDS}"):
         dynamic.learn(torch.tensor([1, 2, WORDS]))
+
+
+def test_weights_that_a_text_does_not_pass_stay() -> None:
+    """As those of an expert that was not asked, or of another head."""
+
+    class Wider(LSTMModel):
+        def __init__(self) -> None:
+            super().__init__(WORDS, hidden_size=8, embedding_size=5, generator=torch.Generator().manual_seed(0))
+            self.idle = torch.nn.Parameter(torch.ones(3))
+
+    lm = Wider().double().eval()
+    statistics = gradient_statistics(lm, text(60), batch=2)
+    assert statistics["idle"].tolist() == [0, 0, 0]
+    before = weights(lm)
+    with DynamicEvaluation(lm, statistics, rate=1e-2) as dynamic:
+        dynamic.hidden(text(5)[None])
+        dynamic.learn(text(5, seed=1))
+        moved = [name for name, p in lm.named_parameters() if not torch.equal(p, before[name])]
+    assert set(moved) == set(before) - {"idle"}

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Parametric, neural_cache, rules
 from recollect.errors import DtypeError, LabelError, NonFiniteError, SettingError, ShapeError
-from recollect.kernels import Kernel, dot_product, gaussian, inverse_distance
 from recollect.language.dynamic import DynamicEvaluation, gradient_statistics
 from recollect.language.evaluate import evaluate
 from recollect.language.grid import Scores, score
@@ -75,14 +74,11 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("reader", ["hidden", "input"])
 @pytest.mark.parametrize("length", [50, 600])  # within one block, and over several, with a window that goes round
-@pytest.mark.parametrize("kernel", [inverse_distance(epsilon=1e-3), gaussian(bandwidth=0.01)], ids=str)
-def test_it_gives_what_the_predictors_give(reader: str, length: int, kernel: Any) -> None:
+def test_it_gives_what_the_predictors_give(reader: str, length: int) -> None:
     tokens = text(length)
     width, head = (8, model().decoder) if reader == "hidden" else (5, model().output)
     names = ("1.weight", "1.bias") if reader == "hidden" else ("weight", "bias")
-    scores = score(
-        read(model(), tokens, first=FIRST, key=reader), CACHES, [replace(grid, kernel=kernel) for grid in MBPAS]
-    )
+    scores = score(read(model(), tokens, first=FIRST, key=reader), CACHES, MBPAS)
 
     def nats(output: Any, memory: EpisodicMemory | None) -> Tensor:
         return evaluate(keys(reader), output, memory, tokens, first=FIRST).nats.neg().exp()
@@ -95,7 +91,7 @@ def test_it_gives_what_the_predictors_give(reader: str, length: int, kernel: Any
     for setting in (*(MbPASetting(25, 3, 0.15), MbPASetting(4, 30, 1.0), MbPASetting(25, 900, 1.0)), CHOSEN):
         one = memory(setting.size, width)
         adaptation = LocalAdaptation(rules.sgd(setting.rate), steps=setting.steps, parameters=names)
-        adapted = MbPA(head, one, neighbors=setting.neighbors, adaptation=adaptation, kernel=kernel)
+        adapted = MbPA(head, one, neighbors=setting.neighbors, adaptation=adaptation)
         close(scores.mbpa[POINTS.index(setting)], nats(adapted, one))
     assert torch.equal(scores.tokens, tokens)
 
@@ -355,13 +351,6 @@ def test_numbers_are_finite(value: Any) -> None:
 def test_they_ascend(name: str, values: tuple[int, ...]) -> None:
     with pytest.raises(SettingError, match=f"{name} must ascend"):
         replace(ONE_STEP, **{name: values})
-
-
-@pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize("kernel", [dot_product(1.0), None])
-def test_the_kernel_weighs_by_distance(kernel: Kernel | None) -> None:
-    with pytest.raises(SettingError, match="kernel must weigh by distance alone"):
-        MbPAGrid((5,), (3,), (1.0,), kernel=kernel)
 
 
 def test_points_are_in_the_order_of_the_scores() -> None:

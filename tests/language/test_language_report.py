@@ -35,11 +35,38 @@ def test_no_weights_of_a_fine_grid_are_better(case: str) -> None:
     }[case]
     fitted = fit_weights(model, cache, third)
     best = -(simplex(3) @ torch.stack([model, cache, third])).log().mean(1).amin()
-    assert float(fitted.loss - best) < 1e-5
+    assert float(fitted.loss - best) < 1e-7
     assert float(fitted.weights.sum()) == pytest.approx(1)
     assert bool((fitted.weights >= 0).all())
     found = -(fitted.weights @ torch.stack([model, cache, third])).log().mean()
     torch.testing.assert_close(found, fitted.loss)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+def test_weights_are_those_of_expectation_maximization(seed: int, spread: float) -> None:
+    """Of two parts that are nearly the same, expectation maximization needs thousands of steps."""
+    generator = torch.Generator().manual_seed(seed)
+    model, cache = 0.01 + drawn(500, seed=seed) * 0.3, drawn(500, seed=seed + 9) ** 4
+    parts = torch.stack([model, model * (spread * torch.randn(500, generator=generator)).exp(), cache])
+    weights = torch.full((3,), 1 / 3).double()
+    for _ in range(5000):
+        weights = weights * (parts / (weights @ parts)).mean(1)
+    fitted = fit_weights(*parts)
+    slowly = -(weights @ parts).log().mean()
+    assert -1e-4 < float(fitted.loss - slowly) < 1e-7
+    mixed = fitted.weights @ parts
+    assert float((parts / mixed).mean(1).max()) < 1 + 2e-7  # no other weights are better by more than that
+
+
+def test_parts_that_are_the_same_share() -> None:
+    model = drawn(50) + 0.1
+    torch.testing.assert_close(fit_weights(model, model, model).loss, -model.log().mean())
+    halves = fit_weights(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))  # each word has one part only
+    assert halves.weights.tolist() == [0.5, 0.5]
+    half = fit_weights(model.bfloat16(), (drawn(50, seed=1) + 0.1).bfloat16())
+    assert half.weights.dtype == torch.float32
+    assert float(half.weights.sum()) == pytest.approx(1)
 
 
 def test_settings_side_by_side_are_fitted_one_by_one() -> None:
@@ -119,9 +146,9 @@ def encoded(lines: list[str]) -> Tensor:
 @pytest.mark.parametrize("lead", [[], [""], ["words of before", ""]])
 def test_an_article_begins_with_its_title(lead: list[str]) -> None:
     first = ["= a title =", "", "some words = here", "= = a section = =", "= = = deeper = = =", "="]
-    second = ["= b =", "", "= no title", "no title =", "= =", "more"]
+    second = ["", "= b =", "", "= no title", "no title =", "= =", "more", "= a formula =", "", "more", "= 2 =", "more"]
     whole = encoded([*lead, *first, *second])
-    lengths = [len(encoded(part)) for part in (lead, first, second) if part]
+    lengths = [len(encoded(part)) for part in (lead, [*first, second[0]], second[1:]) if part]
     expected = [number for number, length in zip(range(int(not lead), 3), lengths, strict=True) for _ in range(length)]
     assert articles(whole, end=END, mark=MARK).tolist() == expected
 

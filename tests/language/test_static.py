@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, NonParametric, Parametric, load, rules, save
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    Mixture,
+    NonParametric,
+    Parametric,
+    load,
+    neural_cache,
+    rules,
+    save,
+)
 from recollect.errors import SettingError, ShapeError
 from recollect.language.evaluate import evaluate
 from recollect.language.lstm import LSTMModel
@@ -96,6 +107,22 @@ def test_a_memory_that_is_read_but_not_named_is_refused(lm: LSTMModel, form: str
     with pytest.raises(SettingError, match="reads a memory that is not named"):
         evaluate(lm.hidden, output, other if form == "beside another" else None, text(15))
     assert len(memory) == 39
+
+
+@pytest.mark.parametrize("kind", ["knn", "cache", "mbpa"])
+def test_a_static_memory_that_is_written_to_is_refused(lm: LSTMModel, kind: str) -> None:
+    """A block is written before it is read, so each word would find itself."""
+    memory = EpisodicMemory(capacity=40, key_size=6, key_dtype=torch.float64, history=256)
+    output = {
+        "knn": knn_lm(memory, classes=WORDS, neighbors=8),
+        "cache": neural_cache(Static(memory), classes=WORDS),
+        "mbpa": MbPA(lm.decoder, Static(memory), neighbors=5, adaptation=LocalAdaptation(rules.sgd(0.5), steps=1)),
+    }[kind]
+    mixed = Mixture(Parametric(lm.decoder), output, weights=(0.5, 0.5))
+    with pytest.raises(SettingError, match="a word would find itself"):
+        evaluate(lm.hidden, mixed, memory, text(15))
+    with pytest.raises(SettingError, match="a word would find itself"):
+        evaluate(lm.hidden, Mixture(mixed, NonParametric(memory, classes=WORDS), weights=(0.5, 0.5)), memory, text(15))
 
 
 def test_a_named_memory_stays_as_it_is_when_another_is_refused(lm: LSTMModel) -> None:

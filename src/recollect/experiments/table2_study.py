@@ -43,11 +43,10 @@ _PARTS = ("model", "cache", "cache in both", "mbpa", "mbpa in both")
 
 _CACHE = CacheGrid(sizes=(100, 200, 500, 1000, 2000, 5000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5))
 _MBPA = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 32, 128, 256), rates=(0.15, 0.5, 2.0, 8.0))
-_MORE_STEPS = MbPAGrid(sizes=(1000, 5000), neighbors=(16,), rates=(0.4,), steps=(5, 10, 20))
-_MORE_NEIGHBORS = MbPAGrid(sizes=(1000, 5000), neighbors=(32,), rates=(0.8,), steps=(5, 10))
+_MORE_STEPS = MbPAGrid(sizes=(200, 500, 1000), neighbors=(16,), rates=(0.4,), steps=(5, 10))
 # Of a vocabulary three times as large, on a text four times as long.
 _LARGE_MBPA = MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128, 256), rates=(0.15, 0.5, 1.0, 2.0, 4.0))
-_LARGE_MORE_STEPS = MbPAGrid(sizes=(1000, 5000), neighbors=(8,), rates=(0.8,), steps=(2, 5))
+_LARGE_MORE_STEPS = MbPAGrid(sizes=(1000, 2000, 5000), neighbors=(8,), rates=(0.4,), steps=(2, 5, 10))
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class StudySettings:
     """What is tried and on how many words; the grids reach beyond the paper's, whose best settings lie at its edges."""
 
     cache: CacheGrid = _CACHE
-    mbpa: tuple[MbPAGrid, ...] = (_MBPA, _MORE_STEPS, _MORE_NEIGHBORS)
+    mbpa: tuple[MbPAGrid, ...] = (_MBPA, _MORE_STEPS)
     keys: tuple[str, ...] = ("input",)
     """What neighbors are searched by; the better one is kept."""
     valid: int | None = 40_000
@@ -77,7 +76,7 @@ class StudySettings:
 LARGE = StudySettings(
     cache=CacheGrid(sizes=(500, 1000, 2000, 5000, 10_000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)),
     mbpa=(_LARGE_MBPA, _LARGE_MORE_STEPS),
-    **{"keys": ("input",), "valid": 30_000, "tune": 12_000, "dynamic_tune": 10_000, "statistics": 200},
+    **{"keys": ("input",), "valid": 20_000, "tune": 12_000, "dynamic_tune": 10_000, "statistics": 200},
     **{"segment": 40, "rates": (4e-5, 8e-5, 1.6e-4, 3e-4), "decays": (1e-2, 2e-3)},
 )
 """For WikiText-2."""

@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recollect.adaptation import LocalAdaptation, rules
-from recollect.errors import require_choice
+from recollect.errors import SettingError, ShapeError, require_choice
 from recollect.language.evaluate import Hidden
 from recollect.language.grid import Scores
 from recollect.language.model import LanguageModel
 from recollect.language.reading import KEYS
 from recollect.language.report import fit_weights
-from recollect.language.settings import CacheSetting, MbPASetting
+from recollect.language.settings import KERNEL, CacheSetting, MbPASetting
 from recollect.mbpa import MbPA
 from recollect.memory import EpisodicMemory
 from recollect.predictors import Mixture, Parametric, neural_cache
@@ -48,6 +48,10 @@ def choose(scores: Scores, caches: Sequence[CacheSetting], mbpas: Sequence[MbPAS
         caches: The settings in the order of ``scores.cache``.
         mbpas: The settings in the order of ``scores.mbpa``.
 
+    Raises:
+        SettingError: If there is no cache or no MbPA to choose among.
+        ShapeError: If there are not as many settings as scores.
+
     Example:
         >>> from recollect.language import CacheGrid, LSTMModel, MbPAGrid, choose, read, score
         >>> lm = LSTMModel(10, hidden_size=8, embedding_size=4, generator=torch.Generator().manual_seed(0))
@@ -57,6 +61,11 @@ def choose(scores: Scores, caches: Sequence[CacheSetting], mbpas: Sequence[MbPAS
         >>> choice.loss < min(choice.cache_loss, choice.mbpa_loss)
         True
     """
+    for name, settings, parts in (("caches", caches, scores.cache), ("mbpas", mbpas, scores.mbpa)):
+        if len(settings) != len(parts):
+            raise ShapeError(f"{len(parts)} {name} were scored, got {len(settings)} settings. Pass those of score().")
+        if not settings:
+            raise SettingError(f"there are no {name} to choose among. Pass some to score(), or call fit_weights.")
     with_cache, with_mbpa = fit_weights(scores.model, scores.cache), fit_weights(scores.model, scores.mbpa)
     first, second = int(with_cache.loss.argmin()), int(with_mbpa.loss.argmin())
     found = []
@@ -132,11 +141,12 @@ def predictor(
     width = layer.in_features if key == "input" else _hidden_size(lm)
     settings = {"key_dtype": layer.weight.dtype, "history": history}
     memories = [EpisodicMemory(count, width, **settings).to(layer.weight.device) for count in (size, entries)]
-    adaptation = LocalAdaptation(rules.sgd(rate), steps=steps, parameters=names, keep_base=True)
+    fast = layer.weight.dtype != torch.float16  # in which what is kept would be too coarse
+    adaptation = LocalAdaptation(rules.sgd(rate), steps=steps, parameters=names, keep_base=fast)
     parts = (
         Parametric(head),
         neural_cache(memories[0], classes=layer.out_features, flatness=flatness),
-        MbPA(head, memories[1], neighbors=neighbors, adaptation=adaptation),
+        MbPA(head, memories[1], neighbors=neighbors, adaptation=adaptation, kernel=KERNEL),
     )
     return Mixture(*parts, weights=_summing_to_one(choice.weights)), memories
 

@@ -8,6 +8,7 @@ with g the gradient of the segment's mean loss. The division by mean(RMS) makes 
 model; as in Krause's code it is the mean over the weight tensors of their means, and not over all weights.
 """
 
+from collections.abc import Iterable
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -67,8 +68,7 @@ def gradient_statistics(
         with torch.enable_grad():
             hidden, state = lm.hidden(words, state)
             loss = _mean_loss(lm, hidden.flatten(0, 1), targets.flatten())
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        for square, gradient in zip(squares.values(), gradients, strict=True):
+        for square, gradient in zip(squares.values(), _gradients(loss, parameters.values()), strict=True):
             square.addcmul_(gradient, gradient)
         count += 1
     return {name: square.div_(count).sqrt_() for name, square in squares.items()}
@@ -171,7 +171,7 @@ class DynamicEvaluation:
             )
         with torch.enable_grad():
             loss = _mean_loss(self._lm, outputs[0], targets)
-        for move, gradient in zip(self._moves, torch.autograd.grad(loss, self._parameters), strict=True):
+        for move, gradient in zip(self._moves, _gradients(loss, self._parameters), strict=True):
             move.step(gradient)
 
 
@@ -203,6 +203,13 @@ def _movable(lm: LanguageModel) -> dict[str, nn.Parameter]:
     if not found:
         raise SettingError("all weights of this model are frozen. Call requires_grad_() on those that are to move.")
     return found
+
+
+def _gradients(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Returns a gradient for each weight: zero for what the text does not pass, such as an idle expert."""
+    weights = list(parameters)
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(weights, found, strict=True)]
 
 
 def _check_statistics(parameters: dict[str, nn.Parameter], statistics: dict[str, Tensor]) -> None:

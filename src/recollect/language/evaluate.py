@@ -91,8 +91,9 @@ def evaluate(
         watch: Called after each block with the number of its words.
 
     Raises:
-        SettingError: If a memory is not empty (nothing of it is lost), named twice, or read by ``output`` but not
-            named, ``block`` no positive whole number, ``first`` no word's number, or a distribution not normalized.
+        SettingError: If a memory is not empty (nothing of it is lost), named twice, read by ``output`` but not named,
+            or named and read as ``Static``; ``block`` is no positive whole number, ``first`` no word's number, or a
+            distribution not normalized.
         ShapeError: If no word can be scored, a part is not one row of words, or ``hidden`` does not return one vector
             for each word.
         DtypeError: If the words are no whole numbers.
@@ -222,16 +223,28 @@ def _empty(memory: Memory | Sequence[Memory] | None) -> tuple[Memory, ...]:
 
 
 def _require_named(output: Predictor, memories: tuple[Memory, ...]) -> None:
-    """Refuses a predictor with a memory that nobody writes to: it would show a word its first entries, or none."""
+    """Refuses a predictor with a memory that nobody writes to: it would show a word its first entries, or none.
+
+    And one with a ``Static`` memory that is written to: it would show a word itself.
+    """
     parts = list(output.modules()) if isinstance(output, nn.Module) else []
-    whole = [*memories, *(part for part in parts if isinstance(part, Static))]
-    known = {id(part) for one in whole if isinstance(one, nn.Module) for part in one.modules()}
+    written = _inside(memories)
+    static = _inside(part for part in parts if isinstance(part, Static))
+    if written & static:
+        raise SettingError(
+            "output reads a named memory as Static, which hides nothing: a word would find itself. Name memories that "
+            "are read as they are; read as Static (as knn_lm does) only what was filled beforehand."
+        )
     for part in parts:
-        if isinstance(part, EpisodicMemory) and id(part) not in known:
+        if isinstance(part, EpisodicMemory) and id(part) not in written | static:
             raise SettingError(
                 "output reads a memory that is not named. Pass it as memory=, for each word to be written to it, or "
                 "wrap it as Static(memory) where output reads it, if it was filled beforehand."
             )
+
+
+def _inside(memories: Iterable[object]) -> set[int]:
+    return {id(part) for one in memories if isinstance(one, nn.Module) for part in one.modules()}
 
 
 def _score(

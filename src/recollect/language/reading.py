@@ -124,7 +124,11 @@ def _reading(lm: LanguageModel, hidden: Tensor, targets: Tensor, key: str) -> Re
     inputs = lm.inputs(hidden)
     logits = lm.output(inputs)
     check_words(targets, logits.shape[1])
-    return Reading(hidden if key == "hidden" else inputs, inputs, logits, targets, lm.output.bias is not None)
+    # Probabilities of half types would be too coarse for weights of mixtures to be fitted to them.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    same = key == "hidden" and hidden is not inputs
+    inputs, logits = inputs.to(wide), logits.to(wide)
+    return Reading(hidden.to(wide) if same else inputs, inputs, logits, targets, lm.output.bias is not None)
 
 
 def gathered(readings: Iterable[Reading]) -> Iterator[Reading]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from recollect.errors import LabelError, SettingError, ShapeError
 
-_ITERATIONS = 16  # of two steps of EM and a leap; the loss of thousands of words is then right to some 1e-5
+_GAP = 1e-7  # nats per word: how much better the best weights may be at most
+_ITERATIONS = 100  # of Newton's method, which takes about ten
+_HALVINGS = 30
 
 
 class Fitted(NamedTuple):
@@ -21,11 +23,12 @@ class Fitted(NamedTuple):
 
 
 def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
-    """Returns the weights of a mixture that make a text likeliest, by expectation maximization.
+    """Returns the weights of a mixture that make a text likeliest.
 
-    The loss is convex in the weights, so these are the best of all weights and not of a grid of them. Where parts are
-    nearly the same, as MbPA's and the model's are, the steps are small; so every two steps are followed by a leap in
-    their direction where that is better (SQUAREM, Varadhan and Roland 2008).
+    The loss is convex in the weights, so these are the best of all weights and not of a grid of them: no other weights
+    are better by more than 1e-7 nats, since ``loss - best <= log max_i mean(p_i / mixture)``. Expectation maximization,
+    which one would use for this, hardly moves where parts are nearly the same, as MbPA's and the model's are; this is
+    Newton's method on the simplex (Kim et al. 2020, mixsqp), which goes through all 2^p choices of parts.
 
     Args:
         parts: The probability that each part of the mixture gave to each word, for any settings ``*s`` of the parts
@@ -45,39 +48,63 @@ def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
     chances = torch.broadcast_tensors(*parts)
     if not all(bool((part >= 0).all()) for part in parts):
         raise SettingError("the parts must be probabilities, got a number that is negative or NaN. Are these nats?")
-    weights = torch.full_like(torch.stack([part[..., 0] for part in chances]), 1 / len(chances))
-    if not bool((mix(chances, list(weights)) > 0).all()):
+    wide = tuple(part.double() for part in chances)
+    weights = torch.full_like(torch.stack([part[..., 0] for part in wide]), 1 / len(wide))
+    loss = _loss(wide, weights)
+    if not bool(loss.isfinite().all()):
         raise SettingError("a word has probability 0 by all parts, which no mixture can mend. Is the model among them?")
-    reach = torch.full_like(weights[0], 4.0)
     for _ in range(_ITERATIONS):
-        first = _step(chances, weights)
-        second = _step(chances, first)
-        leap = _leap(weights, first, second, reach)
-        better = _loss(chances, leap) < _loss(chances, second)
-        weights = torch.where(better, leap, second)
-        reach = torch.where(better, 4 * reach, (reach / 4).clamp(min=2))
-    return Fitted(weights, _loss(chances, weights))
+        mixed = mix(wide, list(weights))
+        ratios = [part / mixed for part in wide]
+        pull = torch.stack([ratio.mean(-1) for ratio in ratios])
+        moving = pull.amax(0) > 1 + _GAP
+        if not bool(moving.any()):
+            break
+        bend = torch.stack([torch.stack([(one * other).mean(-1) for other in ratios]) for one in ratios])
+        weights, loss = _towards(_goal(weights, pull, bend), wide, weights, loss, moving.double())
+    return Fitted(weights.to(torch.promote_types(chances[0].dtype, torch.float32)), loss)
 
 
-def _step(chances: tuple[Tensor, ...], weights: Float[Tensor, "p *s"]) -> Float[Tensor, "p *s"]:
-    mixed = mix(chances, list(weights))
-    return torch.stack([(part / mixed).mean(-1) for part in chances]) * weights
+def _goal(weights: Float[Tensor, "p *s"], pull: Tensor, bend: Float[Tensor, "p p *s"]) -> Float[Tensor, "p *s"]:
+    """Returns where the second-order approximation of ``loss + sum of weights`` is least, no weight being negative.
+
+    Its minimum has the sum one by itself. It lies where some weights are zero and the others solve a linear system;
+    all such choices are tried.
+    """
+    count = len(weights)
+    a, now = bend.movedim((0, 1), (-2, -1)), weights.movedim(0, -1)
+    ridge = 1e-10 * a.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # equal parts leave their shares open
+    a = a + torch.diag_embed(ridge.expand_as(now))
+    b = 2 * pull.movedim(0, -1) - 1 + ridge * now
+    goal, least = now, torch.full_like(now[..., 0], torch.inf)
+    for number in range(1, 2**count):
+        kept = torch.tensor([number >> part & 1 for part in range(count)], dtype=a.dtype, device=a.device)
+        found = torch.linalg.solve(a * torch.outer(kept, kept) + torch.diag(1 - kept), b * kept)
+        value = (found * ((a @ found.unsqueeze(-1)).squeeze(-1) / 2 - b)).sum(-1)
+        better = (found >= 0).all(-1) & (value < least)
+        goal, least = torch.where(better.unsqueeze(-1), found, goal), torch.where(better, value, least)
+    return goal.movedim(-1, 0)
 
 
-def _leap(start: Tensor, first: Tensor, second: Tensor, reach: Tensor) -> Float[Tensor, "p *s"]:
-    """Returns where ``reach`` steps at most that go on as these two did would lead; inside of the simplex."""
-    pace = first - start
-    bend = second - first - pace
-    tiny = torch.finfo(pace.dtype).tiny
-    length = (pace.square().sum(0) / bend.square().sum(0).clamp(min=tiny)).sqrt().clamp(min=1).minimum(reach)
-    way = start + 2 * length * pace + length.square() * bend - second
-    # As far as nine tenths of the way to where the first weight would be zero.
-    room = torch.where(way < 0, second / -way.clamp(max=-tiny), torch.inf).amin(0)
-    return second + way * (0.9 * room).clamp(max=1)
+def _towards(
+    goal: Tensor, chances: tuple[Tensor, ...], weights: Float[Tensor, "p *s"], loss: Tensor, share: Tensor
+) -> tuple[Float[Tensor, "p *s"], Float[Tensor, "*s"]]:
+    """Goes the share of the way to the goal, or half of that, and so on, where it is better; returns the loss there."""
+    best = weights
+    for _ in range(_HALVINGS):
+        tried = weights + share * (goal - weights)
+        tried = tried / tried.sum(0)
+        found = _loss(chances, tried)
+        better = found < loss
+        best, loss = torch.where(better, tried, best), torch.where(better, found, loss)
+        share = torch.where(better, 0.0, share / 2)
+        if not bool((share > 0).any()):
+            break
+    return best, loss
 
 
 def _loss(chances: tuple[Tensor, ...], weights: Float[Tensor, "p *s"]) -> Float[Tensor, "*s"]:
-    return -mix(chances, list(weights)).log().double().mean(-1)
+    return -mix(chances, list(weights)).log().mean(-1)
 
 
 def mix(parts: tuple[Float[Tensor, "... n"], ...], weights: list[Float[Tensor, "..."]]) -> Float[Tensor, "... n"]:
@@ -105,7 +132,7 @@ def interval(values: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Interval
 
     Args:
         values: One number for each word, such as the nats that one predictor costs more than another.
-        groups: To which article or block each word belongs.
+        groups: To which article or block each word belongs; on any device.
 
     Raises:
         ShapeError: If there are no words, or not one group for each.
@@ -116,7 +143,7 @@ def interval(values: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Interval
     """
     if values.shape != groups.shape or len(values) == 0:
         raise ShapeError(f"each of at least one word needs a group, got {len(values)} words, {len(groups)} groups.")
-    names, place = groups.unique(return_inverse=True)
+    names, place = groups.to(values.device).unique(return_inverse=True)
     values = values.double()
     mean = values.mean()
     if len(names) == 1:
@@ -144,8 +171,8 @@ def blocks(count: int, size: int = 1000) -> Int[Tensor, " n"]:
 def articles(tokens: Int[Tensor, " n"], *, end: int, mark: int) -> Int[Tensor, " n"]:
     """Returns groups for ``interval``: which article of a WikiText file each word belongs to.
 
-    An article begins with a line ``= title =``; a section has more marks: ``= = title = =``. What comes before the
-    first title is group 0.
+    An article begins with a line ``= title =`` between blank lines; a section has more marks: ``= = title = =``. What
+    comes before the first title is group 0.
 
     Args:
         tokens: The text; it begins with a line's first word.
@@ -158,7 +185,9 @@ def articles(tokens: Int[Tensor, " n"], *, end: int, mark: int) -> Int[Tensor, "
     """
     ends = (tokens == end).nonzero().squeeze(1)
     starts = torch.cat([ends.new_zeros(1), ends + 1])[: len(ends)]
-    long = ends - starts >= 3
+    length = torch.nn.functional.pad(ends - starts, (1, 1))  # as if blank lines were around the text
+    long = length[1:-1] >= 3
+    long &= (length[:-2] == 0) & (length[2:] == 0)  # a formula may begin and end with the mark, within its paragraph
     starts, ends = starts[long], ends[long]
     title = (tokens[starts] == mark) & (tokens[starts + 1] != mark)
     title &= (tokens[ends - 1] == mark) & (tokens[ends - 2] != mark)
@@ -218,6 +247,7 @@ def gain_by_frequency(
         >>> frequent.nats.mean, rare.nats.mean, round(rare.gain)
         (0.0, 0.5, 39)
     """
+    tokens, counts, groups = (part.to(before.device) for part in (tokens, counts, groups))
     if not tokens.shape == before.shape == after.shape == groups.shape:
         sizes = [tuple(part.shape) for part in (tokens, before, after, groups)]
         raise ShapeError(f"each word needs a loss before, one after, and a group, got shapes {sizes}.")

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from recollect.errors import SettingError, require_number
-from recollect.kernels import gaussian, inverse_distance
+from recollect.kernels import inverse_distance
+
+KERNEL = inverse_distance(epsilon=1e-3)
+"""What weighs MbPA's neighbors; other kernels are scored by ``evaluate``, with ``MbPA(..., kernel=...)``."""
 
 
 class CacheSetting(NamedTuple):
@@ -62,7 +65,7 @@ class MbPAGrid:
 
     Raises:
         SettingError: If there are none, one that must be a positive whole number is not, neighbors or steps do not
-            ascend, a rate is negative, or the kernel needs more than distances.
+            ascend, or a rate is negative.
 
     Example:
         >>> MbPAGrid(sizes=(500,), neighbors=(64, 256), rates=(0.15, 0.5), steps=(1, 5)).points()[-1]
@@ -77,8 +80,6 @@ class MbPAGrid:
     """Alpha."""
     steps: tuple[int, ...] = (1,)
     """T, ascending. More than one step costs, for each word, neighbors x words of the vocabulary numbers each."""
-    kernel: inverse_distance | gaussian = inverse_distance(epsilon=1e-3)
-    """By distance alone."""
 
     def __post_init__(self) -> None:
         _require_counts("sizes", self.sizes)
@@ -87,11 +88,6 @@ class MbPAGrid:
             if tuple(sorted(set(values))) != values:
                 raise SettingError(f"{name} must ascend, got {values}.")
         _require_numbers("rates", self.rates)
-        if not isinstance(self.kernel, inverse_distance | gaussian):
-            raise SettingError(
-                f"kernel must weigh by distance alone, inverse_distance(...) or gaussian(...), got {self.kernel!r}. "
-                "Others are scored by evaluate, with MbPA(..., kernel=...)."
-            )
 
     def points(self) -> list[MbPASetting]:
         """Returns all settings, in the order of ``Scores.mbpa``."""

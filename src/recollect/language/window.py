@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from recollect.language.reading import Reading
-from recollect.language.settings import CacheGrid, MbPAGrid
+from recollect.language.settings import KERNEL, CacheGrid, MbPAGrid
 
 _WIDTH = 512  # columns of one block of the table of predictions: one block of a few thousand rows stays in the cache
 _AT_ONCE = 2**21  # bytes of coefficients that move at once: they should stay in the cache
@@ -95,7 +95,7 @@ def score_mbpa(window: Window, reading: Reading, times: Int[Tensor, " t"], grid:
     for size in grid.sizes:
         near = distances.clamp(min=0).masked_fill_(~window.seen(times, size), torch.inf)
         near, rows = near.topk(min(grid.neighbors[-1], near.shape[1]), largest=False)
-        weights = _weights(grid, near)
+        weights = _weights(near)
         cross = reach.gather(1, rows) + int(reading.bias)
         if grid.steps == (1,):
             out.append(_one_step(window, reading, grid, rows, weights, cross))
@@ -104,9 +104,9 @@ def score_mbpa(window: Window, reading: Reading, times: Int[Tensor, " t"], grid:
     return torch.cat(out)
 
 
-def _weights(grid: MbPAGrid, near: Float[Tensor, "t k"]) -> Float[Tensor, "t k"]:
+def _weights(near: Float[Tensor, "t k"]) -> Float[Tensor, "t k"]:
     """Returns the neighbors' weights, the nearest's being one (of far ones alone nothing would be left otherwise)."""
-    logs = grid.kernel.log_weights(None, None, near)
+    logs = KERNEL.log_weights(None, None, near)
     return (logs - logs[:, :1]).exp_().masked_fill_(near == torch.inf, 0)
 
 
