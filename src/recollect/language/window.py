@@ -11,7 +11,7 @@ rates cost one softmax each, and numbers of neighbors share their sum. Of more s
     a_k <- a_k + rate * w_k (onehot(v_k) - softmax(log p_k + sum_j a_j (h_j . h_k + 1)))
     z'(q) = z(q) + sum_k a_k (h_k . q + 1)
 
-and numbers of steps share their beginning.
+and numbers of steps share their beginning. Each step adds what it changes to both sums at once.
 """
 
 import torch
@@ -165,15 +165,20 @@ def _descend(
     logs: Float[Tensor, "t k c"],
     cross: Float[Tensor, "t k"],
 ) -> Float[Tensor, "s t"]:
-    """Takes the steps of a few queries, and returns what their words got after each of ``grid.steps``."""
-    inputs, values, pull = window.inputs[rows], window.values[rows].unsqueeze(-1), rates.unsqueeze(-1)
-    gram = inputs @ inputs.mT + int(reading.bias)
-    coefficients = torch.zeros_like(logs)
-    out = []
+    """Takes the steps of a few queries, and returns what their words got after each of ``grid.steps``.
+
+    What moves are the logits at the neighbors and at the query, not the coefficients: fewer passes over memory.
+    """
+    inputs, pull = window.inputs[rows], rates.unsqueeze(1)
+    gram, reach = (inputs @ inputs.mT + int(reading.bias)) * pull, cross.unsqueeze(1) * pull
+    values = window.values[rows].unsqueeze(1)
+    here, near, out = reading.logits.unsqueeze(1).clone(), logs.clone(), []
+    chances = torch.empty_like(logs)
     for step in range(1, grid.steps[-1] + 1):
-        chances = torch.baddbmm(logs, gram, coefficients).softmax(-1)
-        coefficients.addcmul_(chances, pull, value=-1).scatter_add_(-1, values, pull)
+        torch.softmax(near, -1, out=chances)
+        here.baddbmm_(reach, chances, alpha=-1).scatter_add_(-1, values, reach)
         if step in grid.steps:
-            adapted = torch.baddbmm(reading.logits.unsqueeze(1), cross.unsqueeze(1), coefficients).squeeze(1)
-            out.append(_gold(adapted, reading.targets))
+            out.append(_gold(here.squeeze(1), reading.targets))
+        if step < grid.steps[-1]:
+            near.baddbmm_(gram, chances, alpha=-1).scatter_add_(-1, values.expand_as(gram), gram)
     return torch.stack(out)
