@@ -19,7 +19,16 @@ from recollect.language.grid import Scores, score
 from recollect.language.lstm import LSTMModel, State
 from recollect.language.model import LanguageModel
 from recollect.language.reading import Reading, read, read_dynamically
-from recollect.language.report import Interval, articles, blocks, fit_weights, gain_by_frequency, interval
+from recollect.language.report import (
+    Bucket,
+    Fitted,
+    Interval,
+    articles,
+    blocks,
+    fit_weights,
+    gain_by_frequency,
+    interval,
+)
 from recollect.language.settings import CacheGrid, CacheSetting, MbPAGrid, MbPASetting
 from recollect.language.static import knn_lm, remember
 from recollect.language.train import Schedule, Step, Turn, train
@@ -27,11 +36,13 @@ from recollect.language.vocabulary import Vocabulary
 from recollect.memory import Static
 
 __all__ = [
+    "Bucket",
     "CacheGrid",
     "CacheSetting",
     "Choice",
     "DynamicEvaluation",
     "Evaluation",
+    "Fitted",
     "Interval",
     "LSTMModel",
     "LanguageModel",
