@@ -5,6 +5,7 @@ run that was stopped goes on behind it.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recollect import checkpoint
+from recollect.errors import NonFiniteError
 from recollect.experiments.language_models import Text
 from recollect.experiments.runner import Progress, Run
 from recollect.language import (
@@ -149,6 +151,8 @@ class Study:
         """Returns the best rate at the first decay, and the best decay at that rate."""
         settings = self._settings
         rate = min(settings.rates, key=lambda rate: self._dynamic_loss(rate, settings.decays[0]))
+        if math.isinf(self._dynamic_loss(rate, settings.decays[0])):
+            raise NonFiniteError(f"dynamic evaluation diverges with all rates of {settings.rates}. Try smaller ones.")
         return rate, min(settings.decays, key=lambda decay: self._dynamic_loss(rate, decay))
 
     def _dynamic_loss(self, rate: float, decay: float) -> float:
@@ -161,9 +165,10 @@ class Study:
                     chances = reading.logits.log_softmax(1).gather(1, reading.targets.unsqueeze(1))
                     total -= float(chances.double().sum())
                     progress.advance(len(chances))
-            row = {"part": "dynamic", "rate": rate, "decay": decay, "loss": total / len(tokens)}
+            loss = total / len(tokens) if math.isfinite(total) else None
+            row = {"part": "dynamic", "rate": rate, "decay": decay, "loss": loss}
             self._record.add(**row)
-        return row["loss"]
+        return math.inf if row["loss"] is None else row["loss"]
 
     # Reading
 
