@@ -114,8 +114,18 @@ def _reproduce(rest: list[str]) -> None:
 
 def _language_model(rest: list[str]) -> None:
     configs = {"train": "Train", "evaluate": "Evaluate"}
-    if not rest or rest[0] not in configs:
-        raise SettingError("recollect lm train or recollect lm evaluate: --help after either lists its settings.")
+    if not rest or rest[0] in {"--help", "-h"}:
+        print("usage: recollect lm train --text FILE --valid FILE [--out DIR] ...")
+        print("       recollect lm evaluate --text FILE [--model DIR] ...\n")
+        print("train      trains a language model on a text file, and chooses cache and MbPA by another")
+        print("evaluate   reads a text with it, and says what learning from the text word by word is worth\n")
+        print("recollect lm train --help and recollect lm evaluate --help list the settings.")
+        return
+    if rest[0] not in configs:
+        raise SettingError(
+            f"there is no recollect lm {rest[0]}. There are recollect lm train and recollect lm evaluate: --help after "
+            "either lists its settings."
+        )
     from recollect.experiments import lm
 
     print(lm.run(_parse(getattr(lm, configs[rest[0]]), rest[1:], f"recollect lm {rest[0]}")), end="")

@@ -5,9 +5,11 @@ A message says what we got, what we need and what to do. ``except RecollectError
 """
 
 import math
+import textwrap
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -24,7 +26,7 @@ class DtypeError(RecollectError, TypeError):
 
 
 class DeviceError(RecollectError, ValueError):
-    """Tensors that belong together lie on different devices."""
+    """Tensors that belong together lie on different devices, or a device is not there."""
 
 
 class NonFiniteError(RecollectError, ValueError):
@@ -89,6 +91,25 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise SettingError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def require_device(name: str) -> torch.device:
+    """Returns the device of this name, once a tensor could be made on it.
+
+    Raises:
+        DeviceError: If none could.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:  # what PyTorch raises differs from device to device
+        there = ", ".join(["'cpu'", *(f"'cuda:{number}'" for number in range(torch.cuda.device_count()))])
+        reason = textwrap.shorten(str(error), 80, placeholder=" ...")
+        raise DeviceError(
+            f"device must be one that PyTorch can use here ({there}), got {name!r} ({reason}). Name one of those, or "
+            "install a PyTorch and a driver for yours."
+        ) from error
+    return device
 
 
 def require_tensor(name: str, value: object) -> None:

@@ -77,6 +77,16 @@ def test_help_and_list(capsys) -> None:
     assert "--vote-neighbors" in process.stdout
 
 
+@pytest.mark.parametrize("arguments", [["lm", "--help"], ["lm", "-h"], ["lm"]])
+def test_help_of_lm_names_both_commands(arguments: list[str], capsys) -> None:
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    for command in ("recollect lm train", "recollect lm evaluate"):
+        assert f"{command} --text FILE" in printed.out
+        assert f"{command} --help" in printed.out
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     process = subprocess.run(
         f"{sys.executable} -m recollect list | true", shell=True, capture_output=True, text=True, check=False

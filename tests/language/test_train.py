@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from recollect import checkpoint
-from recollect.errors import FormatError, LabelError, SettingError, ShapeError
+from recollect.errors import DeviceError, DtypeError, FormatError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.language.lstm import LSTMModel, State
 from recollect.language.train import Schedule, Step, Turn, segments, stripe, striped_loss, train
 
@@ -114,6 +114,12 @@ def test_of_one_that_is_over_the_result_is_kept(tmp_path: Path) -> None:
     assert run(model(), file=file, watch=stop_at(*range(100))) == first
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_file_may_be_a_string(kind: type, tmp_path: Path) -> None:
+    first = run(model(), file=kind(tmp_path / "training"))
+    assert run(model(), file=tmp_path / "training", watch=stop_at(*range(100))) == first
 
 
 def test_the_checkpoint(tmp_path: Path) -> None:
@@ -310,6 +316,28 @@ def test_the_best_weights_are_left_in_the_model(best: int, monkeypatch: pytest.M
     assert [turn.train for turn in turns] == pytest.approx(means)
 
 
+def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path) -> None:
+    schedule, seen = Schedule(**{**vars(SCHEDULE), "rate": 1e30}), []
+    with pytest.raises(NonFiniteError, match=r"the loss of step 2 is (nan|inf)\. .* lower rate= \(it was 1e\+30\)"):
+        run(model(), schedule, file=tmp_path / "training", watch=seen.append)
+    assert [step.step for step in seen] == [1]
+    assert math.isfinite(seen[0].loss)
+
+
+@pytest.mark.parametrize("losses", [[math.nan] * 4, [math.inf, math.nan, math.nan, math.inf]])
+def test_untrained_weights_are_no_result(losses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no look at the validation text shows a number, there are no best weights; one that does is enough."""
+    scripted(monkeypatch, losses)
+    for _ in range(2):  # it stays so when it is called again
+        with pytest.raises(NonFiniteError, match=f"the validation loss at step 14 is {losses[-1]}.* lower rate="):
+            run(model(), file=tmp_path / "training")
+    scripted(monkeypatch, [*losses[:3], 5.0])
+    weights: list[Any] = []
+    lm = model()
+    run(lm, watch=lambda step: weights.append(bits(lm.state_dict())))
+    assert bits(lm.state_dict()) == weights[-1]
+
+
 def test_states_are_carried_and_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """From segment to segment, but not from the end of the text to its beginning, and not where a reset is drawn."""
     starts, ends = [], []
@@ -419,6 +447,10 @@ def test_other_settings_are_refused_by_name(setting: dict[str, Any], tmp_path: P
         train(lm, TEXT, VALID, Schedule(**{**vars(SCHEDULE), **setting}), generator=generator, file=file)
     with pytest.raises(FormatError, match="words=81 there, 80 asked"):
         train(lm, TEXT[:80], VALID, SCHEDULE, generator=generator, file=file)
+    changed = torch.cat([TEXT[:-1], (TEXT[-1:] + 1) % WORDS])
+    totals = f"sum of the text's words={int(TEXT.sum())} there, {int(changed.sum())} asked"
+    with pytest.raises(FormatError, match=totals):
+        train(lm, changed, VALID, SCHEDULE, generator=generator, file=file)
     assert file.read_bytes() == before
     assert bits([lm.state_dict(), generator.get_state()]) == bits([model().state_dict(), seeded(3).get_state()])
 
@@ -457,6 +489,25 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 def test_a_text_that_is_too_short_is_refused_before_the_first_step(tokens: Tensor, valid: Tensor, words: str) -> None:
     lm = model()
     with pytest.raises(ShapeError, match=words):
+        train(lm, tokens, valid, SCHEDULE, generator=seeded(), watch=stop_at(*range(100)))
+    assert bits(lm.state_dict()) == bits(model().state_dict())
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("tokens", "valid", "error", "message"),
+    [
+        (TEXT, VALID + 5, LabelError, "from 0 to 9 in this model, got 14"),
+        (torch.cat([TEXT[:-2], TEXT[-2:] - WORDS]), VALID, LabelError, "from 0 to 9 in this model, got -"),
+        (TEXT, VALID.float(), DtypeError, "valid must be whole numbers"),
+        (TEXT, VALID.to("meta"), DeviceError, "valid are on meta"),
+    ],
+)
+def test_a_text_that_the_model_cannot_read_is_refused_before_the_first_step(
+    tokens: Tensor, valid: Tensor, error: type[Exception], message: str
+) -> None:
+    lm = model()
+    with pytest.raises(error, match=message):
         train(lm, tokens, valid, SCHEDULE, generator=seeded(), watch=stop_at(*range(100)))
     assert bits(lm.state_dict()) == bits(model().state_dict())
 

@@ -112,23 +112,38 @@ def test_pieces_of_any_size_give_what_the_loop_gives(
     min_count=st.integers(1, 5),
     max_size=st.none() | st.integers(2, 6),
     unknown=st.booleans(),
+    always=st.booleans(),
 )
 def test_rare_words_are_left_out_and_counted_as_unknown(
-    tmp_path_factory: pytest.TempPathFactory, content: str, min_count: int, max_size: int | None, unknown: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    content: str,
+    min_count: int,
+    max_size: int | None,
+    unknown: bool,
+    always: bool,
 ) -> None:
     path = text(tmp_path_factory.getbasetemp(), content + " <unk>\n" * unknown)
     words, _ = oracle(path)
-    vocabulary = Vocabulary.build(path, min_count=min_count, max_size=max_size)
+    vocabulary = Vocabulary.build(path, min_count=min_count, max_size=max_size, unknown=always)
     ranked = [word for word, count in Counter(words).most_common() if word not in {"<eos>", "<unk>"}]
     frequent = [word for word in ranked if words.count(word) >= min_count]
-    has_unknown = "<unk>" in words or frequent != ranked
+    has_unknown = always or "<unk>" in words or frequent != ranked
     if max_size is not None and len(frequent) + 1 + has_unknown > max_size:
         has_unknown, frequent = True, frequent[: max_size - 2]
     merged = [word if word in {*frequent, "<eos>"} else "<unk>" for word in words]
-    assert list(zip(vocabulary.words, vocabulary.counts.tolist(), strict=True)) == Counter(merged).most_common()
+    expected = Counter(merged).most_common() + [("<unk>", 0)] * (has_unknown and "<unk>" not in merged)
+    assert list(zip(vocabulary.words, vocabulary.counts.tolist(), strict=True)) == expected
     assert (vocabulary.unknown is not None) == has_unknown
     assert max_size is None or len(vocabulary) <= max_size
     assert read(vocabulary, path).split() == merged
+
+
+def test_unknown_can_be_had_where_no_word_is_rare(tmp_path: Path) -> None:
+    path = text(tmp_path, "a b b\nb a\n")
+    assert Vocabulary.build(path, min_count=2).words == ("b", "a", "<eos>")
+    vocabulary = Vocabulary.build(path, min_count=2, unknown=True)
+    assert (vocabulary.words, vocabulary.counts.tolist()) == (("b", "a", "<eos>", "<unk>"), [3, 2, 2, 0])
+    assert read(vocabulary, text(tmp_path, "a zebra\n")) == "a <unk> <eos>"
 
 
 def test_words_are_numbered_by_frequency_and_then_by_first_appearance(tmp_path: Path) -> None:
@@ -168,7 +183,9 @@ def test_without_unknown_the_first_word_outside_is_named_with_its_line(
 
 
 def test_a_mismatch_says_what_to_do_and_cuts_long_words(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"'x{40}\.\.\.' in line 1.*the vocabulary's 1 words.*\(min_count=2\)"):
+    with pytest.raises(
+        FormatError, match=r"'x{40}\.\.\.' in line 1.*the vocabulary's 1 words.*\(min_count=2\).*unknown=True"
+    ):
         of("<eos>").encode(text(tmp_path, "x" * 1000))
     with pytest.raises(SettingError, match="'x' is not in the vocabulary, and neither is <unk>"):
         of("<eos>").number("x")

@@ -9,12 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from recollect.data import penn_treebank, wikitext_2
-from recollect.errors import require_choice
+from recollect.errors import require_choice, require_device
 from recollect.experiments.runner import Progress, Run
 from recollect.language import LSTMModel, Schedule, Step, Vocabulary, train
 from recollect.language.report import articles, blocks
 
 CORPORA = {"ptb": penn_treebank, "wikitext-2": wikitext_2}
+_MOST = 30.0  # nats per word; a display needs no more, and the perplexity of 710 is no float
 
 
 class Text(NamedTuple):
@@ -67,9 +68,14 @@ def trained(record: Run, text: Text, size: Size, schedule: Schedule, *, seed: in
     """Trains a model, or goes on with its training, with a display of perplexity and time left.
 
     The checkpoint lies in the run's folder; what a look at the validation text showed becomes a row.
+
+    Raises:
+        DeviceError: If there is no such device.
+        NonFiniteError, FormatError: See ``recollect.language.train``.
     """
-    model = LSTMModel(len(text.vocabulary), **asdict(size), generator=torch.Generator().manual_seed(seed)).to(device)
-    generator = torch.Generator(device).manual_seed(seed + 1)
+    place = require_device(device)
+    model = LSTMModel(len(text.vocabulary), **asdict(size), generator=torch.Generator().manual_seed(seed)).to(place)
+    generator = torch.Generator(place).manual_seed(seed + 1)
     steps: dict[str, Any] = {}
     with Progress(1.0, "training") as progress:
 
@@ -78,14 +84,14 @@ def trained(record: Run, text: Text, size: Size, schedule: Schedule, *, seed: in
                 progress.skip((step.step - 1) / step.steps)
             steps["done"] = step.step
             turn = step.turn
-            title = f"training: perplexity {math.exp(step.loss):.0f}"
+            title = f"training: perplexity {math.exp(min(step.loss, _MOST)):.0f}"
             if turn is not None:
-                title = f"{title}, validation {math.exp(turn.valid):.1f}"
+                title = f"{title}, validation {math.exp(min(turn.valid, _MOST)):.1f}"
                 if record.find(part="train", step=turn.step) is None:
                     record.add(part="train", **{k: round(v, 6) for k, v in turn._asdict().items()})
             progress.advance(1 / step.steps, title)
 
         file = record.folder / "model.checkpoint"
-        tokens, valid = text.train.to(device), text.valid.to(device)
+        tokens, valid = text.train.to(place), text.valid.to(place)
         train(model, tokens, valid, schedule, generator=generator, file=file, watch=watch)
     return model.eval()

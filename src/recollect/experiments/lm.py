@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from recollect import Parametric, checkpoint
-from recollect.errors import MissingDataError
+from recollect.errors import (
+    FormatError,
+    MissingDataError,
+    NonFiniteError,
+    SettingError,
+    require_device,
+    require_number,
+)
 from recollect.experiments.language_models import Size, Text, trained
 from recollect.experiments.runner import Progress, Run
 from recollect.language import (
@@ -24,6 +33,7 @@ from recollect.language import (
     Vocabulary,
     blocks,
     evaluate,
+    gain_by_frequency,
     interval,
     read,
     score,
@@ -38,8 +48,7 @@ _MBPA = (
     MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128), rates=(0.5, 2.0, 8.0)),
     MbPAGrid(sizes=(1000,), neighbors=(8,), rates=(0.2, 0.4), steps=(5, 10)),
 )
-_BYTES = 5.5  # of a word and the space behind it, about: for the time left
-_PIECE = 2**18  # words of a text that are held at a time
+_BUCKETS = 5  # of words by their training frequency, as in Figure 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Evaluate:
     """Reads a text file with a model that learns from it word by word, and says what each way of learning is worth."""
 
     text: Path
-    """The text."""
+    """The text, or what can be read like a file (``/dev/stdin``)."""
     model: Path = Path("runs/lm")
     """The folder of ``recollect lm train``."""
     device: str = "cpu"
@@ -97,16 +106,26 @@ def run(config: Train | Evaluate) -> str:
 
     Raises:
         MissingDataError, FormatError: If a file is not there, empty, damaged or in another encoding.
-        SettingError: If a setting is out of range.
+        SettingError, DeviceError: If a setting is out of range, or there is no such device.
+        NonFiniteError: If training diverges.
     """
     return _train(config) if isinstance(config, Train) else _evaluate(config)
 
 
 def _train(config: Train) -> str:
-    vocabulary = Vocabulary.build(
-        config.text, min_count=config.min_count, max_size=config.max_vocabulary, encoding=config.encoding
-    )
-    train, valid = (vocabulary.encode(file, encoding=config.encoding) for file in (config.text, config.valid))
+    require_device(config.device)
+    for name in ("hidden_size", "embedding_size", "min_count", "batch", "tune"):
+        require_number(f"--{name.replace('_', '-')}", getattr(config, name), low=1.0)
+    require_number("--max-vocabulary", config.max_vocabulary, low=2.0)
+    if config.text.exists() and not config.text.is_file():
+        raise SettingError(
+            f"--text must be a file, got {config.text}: the training text is read twice, to count its words and to "
+            "number them. Write it to a file first."
+        )
+    limits = {"min_count": config.min_count, "max_size": config.max_vocabulary}
+    # Where no word is rare, one has to be there for the new words of other texts all the same.
+    vocabulary = Vocabulary.build(config.text, **limits, unknown=True, encoding=config.encoding)
+    train, valid = (_encode(vocabulary, file, config.encoding) for file in (config.text, config.valid))
     size = Size(config.hidden_size, config.embedding_size, config.dropout, config.dropout / 2, config.dropout)
     batch = max(1, min(config.batch, len(train) // 100))
     turn = max(1, min(200, len(train) // (batch * 35)))
@@ -121,6 +140,11 @@ def _train(config: Train) -> str:
     with Progress(len(tokens), "choosing cache and MbPA") as progress:
         readings = read(lm, tokens, first=vocabulary.end, key=_KEY)
         scores = score(readings, _CACHE, _MBPA, watch=progress.advance)
+    if not bool((scores.model > 0).all()):
+        raise NonFiniteError(
+            f"the trained model's loss on {config.valid} is infinite: it gives a word no chance at all. Start anew "
+            f"with a lower --rate (it was {config.rate:g}) and another --out."
+        )
     choice = choose(scores, _CACHE.points(), [point for grid in _MBPA for point in grid.points()])
     state = {"model": lm.state_dict(), "vocabulary": vocabulary.to_state(), "size": asdict(size)}
     checkpoint.write(config.out / "model", {**state, "choice": _as_lists(choice)}, run=_FORMAT)
@@ -128,47 +152,66 @@ def _train(config: Train) -> str:
     lines = [
         f"{len(train):,} training words, {len(vocabulary):,} different ones; validation text:",
         "",
-        *_head(),
-        f"| model | {math.exp(base):.1f} | |",
-        f"| + cache | {math.exp(choice.cache_loss):.1f} | {choice.cache_loss - base:+.3f} |",
-        f"| + MbPA | {math.exp(choice.mbpa_loss):.1f} | {choice.mbpa_loss - base:+.3f} |",
-        f"| + cache + MbPA | {math.exp(choice.loss):.1f} | {choice.loss - base:+.3f} |",
+        "| | perplexity | nats per word | change in nats |",
+        "|---|---|---|---|",
+        f"| model | {math.exp(base):.1f} | {base:.3f} | |",
     ]
+    losses = {"+ cache": choice.cache_loss, "+ MbPA": choice.mbpa_loss, "+ cache + MbPA": choice.loss}
+    lines += (f"| {name} | {math.exp(loss):.1f} | {loss:.3f} | {loss - base:+.3f} |" for name, loss in losses.items())
     table = "\n".join(lines) + "\n"
     record.write_table(table)
     return table
 
 
-def _head() -> list[str]:
-    return ["| | perplexity | nats per word |", "|---|---|---|"]
+def _encode(vocabulary: Vocabulary, file: Path, encoding: str) -> Int[Tensor, " n"]:
+    """Returns a text by word numbers, or says that it holds no words."""
+    tokens = vocabulary.encode(file, encoding=encoding)
+    if bool((tokens == vocabulary.end).all()):
+        raise FormatError(f"{file} holds blank lines only. It must have words, with white space between them.")
+    return tokens
 
 
 def _evaluate(config: Evaluate) -> str:
-    lm, vocabulary, choice = _load(config.model, config.device)
+    device = require_device(config.device)
+    lm, vocabulary, choice = _load(config.model, device)
+    tokens = _encode(vocabulary, config.text, config.encoding)  # once: a pipe has nothing to read the second time
     mixture, memories = predictor(lm, choice, key=_KEY)
     found: dict[str, Evaluation] = {}
     for name, output, written in (("model", Parametric(lm.output), None), ("+ cache + MbPA", mixture, memories)):
-        pieces = vocabulary.encode_blocks(config.text, _PIECE, encoding=config.encoding)
-        size = config.text.stat().st_size if config.text.is_file() else 0  # what is no file, the vocabulary refuses
-        with Progress(max(1.0, size / _BYTES), name) as progress:
-            on_device = (piece.to(config.device) for piece in pieces)
-            hidden, first = keys_of(lm, _KEY), vocabulary.end
-            found[name] = evaluate(hidden, output, written, on_device, first=first, watch=progress.advance)
-    base = found["model"].nats
+        with Progress(len(tokens), name) as progress:
+            hidden, first, words = keys_of(lm, _KEY), vocabulary.end, tokens.to(device)
+            found[name] = evaluate(hidden, output, written, words, first=first, watch=progress.advance)
+    before, after = (result.nats.cpu() for result in found.values())
+    groups = blocks(len(tokens))
     lines = [
-        f"{len(base):,} words of {config.text}",
+        f"{len(tokens):,} words of {config.text}",
         "",
-        "| | perplexity | nats (95 %) | words/s |",
-        "|---|---|---|---|",
+        "| | perplexity | nats per word | change in nats (95 %) | words/s |",
+        "|---|---|---|---|---|",
     ]
-    for name, result in found.items():
-        gain = interval(result.nats - base, blocks(len(base)))
-        change = "" if name == "model" else f"{gain.mean:+.3f} +- {gain.half_width:.3f}"
-        lines.append(f"| {name} | {result.perplexity:.1f} | {change} | {result.tokens_per_second:.0f} |")
+    change = interval(after - before, groups)
+    for (name, result), text in zip(found.items(), ("", f"{change.mean:+.3f} +- {change.half_width:.3f}"), strict=True):
+        numbers = f"{result.perplexity:.1f} | {result.loss:.3f} | {text} | {result.tokens_per_second:.0f}"
+        lines.append(f"| {name} | {numbers} |")
+    most = min(_BUCKETS, len(tokens.unique()))
+    buckets = gain_by_frequency(tokens, vocabulary.counts, before, after, groups, buckets=most)
+    lines += [
+        "",
+        "Percent by which the perplexity of a word falls (mean over the different words of a bucket), and nats gained "
+        "over its occurrences (95 %), from the most frequent words to the rarest:",
+        "",
+        "| bucket | different words | occurrences | rarest in training | percent | nats |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += (
+        f"| {number} | {bucket.words} | {bucket.occurrences} | {bucket.rarest} | {bucket.gain:.1f} "
+        f"| {bucket.nats.mean:+.3f} +- {bucket.nats.half_width:.3f} |"
+        for number, bucket in enumerate(buckets, 1)
+    )
     return "\n".join(lines) + "\n"
 
 
-def _load(folder: Path, device: str) -> tuple[LSTMModel, Vocabulary, Choice]:
+def _load(folder: Path, device: torch.device) -> tuple[LSTMModel, Vocabulary, Choice]:
     state = checkpoint.read(folder / "model", run=_FORMAT)
     if state is None:
         raise MissingDataError(f"{folder} holds no language model. Make one: recollect lm train --out {folder} ...")
@@ -178,7 +221,7 @@ def _load(folder: Path, device: str) -> tuple[LSTMModel, Vocabulary, Choice]:
     cache, cache_loss, mbpa, mbpa_loss, both, weights, loss = state["choice"]
     settings = CacheSetting(*both[0]), MbPASetting(*both[1])
     choice = Choice(CacheSetting(*cache), cache_loss, MbPASetting(*mbpa), mbpa_loss, settings, tuple(weights), loss)
-    return lm.to(torch.device(device)).eval(), vocabulary, choice
+    return lm.to(device).eval(), vocabulary, choice
 
 
 def _as_lists(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Training a language model by truncated backpropagation through time, stopped and resumed at any moment."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from recollect import checkpoint
-from recollect.errors import FormatError, SettingError, ShapeError, require_choice, require_number
+from recollect.errors import FormatError, NonFiniteError, SettingError, ShapeError, require_choice, require_number
 from recollect.language.lstm import LSTMModel, State
+from recollect.language.model import check_tokens
 from recollect.memory.scan import multiplies_bfloat16
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -115,7 +117,7 @@ def train(
     schedule: Schedule,
     *,
     generator: torch.Generator,
-    file: Path | None = None,
+    file: str | os.PathLike[str] | None = None,
     watch: Callable[[Step], None] = lambda step: None,
 ) -> list[Turn]:
     """Trains the model, and leaves it with the weights that were best on the validation text.
@@ -139,8 +141,10 @@ def train(
 
     Raises:
         ShapeError: If a text is too short for the schedule.
-        FormatError: If the file belongs to a training with another schedule, number of words or size of the model.
-            (What the words are, and how strong dropout is, is not compared.)
+        LabelError, DtypeError, DeviceError: If the model cannot read a text; before the first step.
+        FormatError: If the file belongs to a training with another schedule, model or text. (Texts are compared by
+            their lengths, and the training text by the sum of its word numbers.)
+        NonFiniteError: If the loss of a step, or that of every look at the validation text, is NaN or infinite.
 
     Example:
         >>> lm = LSTMModel(4, hidden_size=8, embedding_size=8, generator=torch.Generator().manual_seed(0))
@@ -160,6 +164,8 @@ def train(
         if trainer.is_over or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
             trainer.save()
             saved = time.monotonic()
+    if not any(math.isfinite(turn.valid) for turn in trainer.turns):  # the best weights are those of the beginning
+        raise _diverged(f"the validation loss at step {trainer.step} is {trainer.turns[-1].valid}", schedule)
     model.load_state_dict(trainer.best)
     model.train(was_training)
     return trainer.turns
@@ -247,15 +253,17 @@ class _Trainer:
         valid: Tensor,
         schedule: Schedule,
         generator: torch.Generator,
-        file: Path | None,
+        file: str | os.PathLike[str] | None,
     ) -> None:
-        stripe(valid, 1)  # a text that is too short is refused now, and not after the first turn
+        rows = stripe(tokens, schedule.batch)
+        for name, words in (("tokens", rows), ("valid", stripe(valid, 1))):  # refused now, not after the first turn
+            check_tokens(name, words, vocabulary=model.vocabulary, device=model.output.weight.device)
         self.model = model
         self._valid = valid
         self._schedule = schedule
         self._generator = generator
-        self._file = file
-        self._segments = list(segments(stripe(tokens, schedule.batch), schedule.segment))
+        self._file = None if file is None else Path(file)
+        self._segments = list(segments(rows, schedule.segment))
         self.steps = max(1, math.ceil(schedule.epochs * len(self._segments)))
         self._optimizer = _adam(model, schedule)
         self._course = _Course()
@@ -292,6 +300,8 @@ class _Trainer:
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         self._optimizer.step()
         number = float(loss.detach())
+        if not math.isfinite(number):
+            raise _diverged(f"the loss of step {self.step + 1} is {number}", schedule)
         self._course.step += 1
         self._course.losses += number
         if self.step % schedule.turn == 0 or self.step == self.steps:
@@ -322,7 +332,7 @@ class _Trainer:
         with self._autocast():
             valid = striped_loss(self.model, self._valid)
         count = (self.step - 1) % self._schedule.turn + 1
-        better = valid < min((turn.valid for turn in self.turns), default=math.inf)
+        better = valid < min((turn.valid for turn in self.turns if not math.isnan(turn.valid)), default=math.inf)
         self.turns.append(Turn(self.step, course.losses / count, valid, self._rate()))
         course.losses = 0.0
         if better:
@@ -347,7 +357,10 @@ class _Trainer:
         checkpoint.write(self._file, state, run=self._run)
 
     def _load(self) -> None:
-        there = None if self._file is None else checkpoint.read(self._file, run=self._run)
+        try:
+            there = None if self._file is None else checkpoint.read(self._file, run=self._run)
+        except FormatError as error:  # files have the short name
+            raise FormatError(str(error).replace("sum=", "sum of the text's words=")) from error
         if there is None:
             return
         shapes = [{name: tuple(part.shape) for name, part in both.items()} for both in (self.best, there["model"])]
@@ -365,14 +378,14 @@ class _Trainer:
         self._course = _Course(**{field.name: there[field.name] for field in fields(_Course)})
 
 
+def _diverged(what: str, schedule: Schedule) -> NonFiniteError:
+    return NonFiniteError(f"training diverges: {what}. Start anew with a lower rate= (it was {schedule.rate:g}).")
+
+
 def _adam(model: LSTMModel, schedule: Schedule) -> torch.optim.Adam:
+    betas = float(schedule.beta1), float(schedule.beta2)
     return torch.optim.Adam(
-        model.parameters(),
-        lr=schedule.rate,
-        betas=(float(schedule.beta1), float(schedule.beta2)),
-        weight_decay=schedule.l2,
-        eps=1e-8,
-        fused=True,
+        model.parameters(), lr=schedule.rate, betas=betas, weight_decay=schedule.l2, eps=1e-8, fused=True
     )
 
 

@@ -93,13 +93,14 @@ class Vocabulary:
         *,
         min_count: int = 1,
         max_size: int | None = None,
+        unknown: bool = False,
         encoding: str = "utf-8",
     ) -> "Vocabulary":
         """Returns the words of a text, the most frequent first; of equally frequent ones the first in the text.
 
         Words that are left out are counted as ``<unk>``, which joins the vocabulary with the first of them. Where none
         is left out and the text has no ``<unk>`` itself, as by default, the vocabulary has none either, and no text
-        with other words can be read: a model would have seen no example of it.
+        with other words can be read: a model would have seen no example of it. ``unknown`` adds it all the same.
 
         Takes memory for all different words of the text, but not for the text.
 
@@ -108,6 +109,8 @@ class Vocabulary:
             min_count: Words that are in the text less often are left out.
             max_size: How many words there may be at most, ``<unk>`` and ``<eos>`` among them: the rarest others are
                 left out, and of equally rare ones the last in the text. No limit when None.
+            unknown: Whether there is an ``<unk>`` in any case: with a count of 0 where no word is left out, and then
+                the last.
             encoding: The encoding of the file.
 
         Raises:
@@ -120,7 +123,7 @@ class Vocabulary:
         counts: Counter[str] = Counter()
         for _, text in _pieces(path, encoding):
             counts.update(_split(text))  # keeps the order of first appearance, on which the ties depend
-        special = {END, UNKNOWN} & counts.keys()
+        special = {END, UNKNOWN} if unknown else {END, UNKNOWN} & counts.keys()
         others = [word for word in counts if word not in special]
         kept = [word for word in others if counts[word] >= min_count]
         if max_size is not None:
@@ -131,6 +134,8 @@ class Vocabulary:
         totals: Counter[str] = Counter()
         for word, count in counts.items():
             totals[word if word in known else UNKNOWN] += count
+        if unknown:
+            totals[UNKNOWN] += 0  # makes the entry
         ranked = totals.most_common()  # stable: so are the ties
         return cls([word for word, _ in ranked], torch.tensor([count for _, count in ranked]))
 
@@ -245,7 +250,8 @@ class Vocabulary:
         return FormatError(
             f"vocabulary mismatch: {path} has the word {_short(word)} in line {line}, which is not among the "
             f"vocabulary's {len(self)} words, and neither is {UNKNOWN}, which could stand for it. Use the vocabulary "
-            "of this text, or build one that leaves out rare words (min_count=2)."
+            f"of this text, or build one that leaves out rare words (min_count=2) or has {UNKNOWN} in any case "
+            "(unknown=True)."
         )
 
 
