@@ -83,6 +83,17 @@ def require_number(name: str, value: Any, *, low: float | None = None, above: fl
         raise SettingError(f"{name} must be a finite number{limit}, got {value!r}.")
 
 
+def require_whole(name: str, value: object, *, low: int = 1) -> None:
+    """Refuses an argument that is no whole number of at least ``low``.
+
+    Raises:
+        SettingError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        limit = "above 0" if low == 1 else f"of at least {low}"
+        raise SettingError(f"{name} must be a whole number {limit}, got {value!r}.")
+
+
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuses an argument that is not one of the words it may be.
 

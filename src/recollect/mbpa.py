@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recollect.adaptation import Adaptation, Head
 from recollect.adaptation.factored import Factored
-from recollect.errors import SettingError, ShapeError, require, require_tensor
+from recollect.errors import ShapeError, require, require_tensor, require_whole
 from recollect.kernels import Kernel, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Context, EpisodicMemory, Memory
@@ -86,8 +86,7 @@ class MbPA(nn.Module):
         likelihood: Likelihood = Categorical(),
     ) -> None:
         super().__init__()
-        if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
-            raise SettingError(f"neighbors must be a whole number above 0, got {neighbors!r}.")
+        require_whole("neighbors", neighbors)
         require("adaptation", adaptation, Adaptation, "an adaptation, such as LocalAdaptation(rules.sgd(0.1), steps=5)")
         require_parts(memory, kernel, likelihood)
         self.head = head

@@ -23,7 +23,8 @@ from torch.nn.functional import cross_entropy
 from recollect import checkpoint
 from recollect.errors import DeviceError, DtypeError, FormatError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.language.lstm import LSTMModel, State
-from recollect.language.train import Schedule, Step, Turn, segments, stripe, striped_loss, train
+from recollect.language.schedule import Schedule
+from recollect.language.train import Step, Turn, segments, stripe, striped_loss, train
 
 Rng = Callable[[], AbstractContextManager[None]]
 WORDS = 10

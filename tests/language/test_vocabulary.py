@@ -356,9 +356,9 @@ def test_a_foreign_state(state: dict, message: str) -> None:
 def test_settings_are_checked(tmp_path: Path) -> None:
     path = text(tmp_path, "a\n")
     for value in (0, -1, True, 1.5):
-        with pytest.raises(SettingError, match=f"min_count must be a whole number of at least 1, got {value}"):
+        with pytest.raises(SettingError, match=f"min_count must be a whole number above 0, got {value}"):
             Vocabulary.build(path, min_count=value)
-        with pytest.raises(SettingError, match=f"size must be a whole number of at least 1, got {value}"):
+        with pytest.raises(SettingError, match=f"size must be a whole number above 0, got {value}"):
             of("<eos>").encode_blocks(path, value)
     with pytest.raises(SettingError, match="max_size must be a whole number of at least 2, got 1"):
         Vocabulary.build(path, max_size=1)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from recollect.continual.examples import Examples, batches
 from recollect.continual.modes import aside, evaluation
-from recollect.errors import DtypeError, NonFiniteError, SettingError, ShapeError, require, require_number
+from recollect.errors import (
+    DtypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require,
+    require_number,
+    require_whole,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and labels to their mean loss, one number
 _Pair = tuple[Tensor, Tensor]
@@ -195,8 +203,7 @@ class AGEM(nn.Module):
 def _require_settings(network: Any, examples: object) -> None:
     require("network", network, nn.Module, "a torch.nn.Module")
     _trainable(network)
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise SettingError(f"examples must be a whole number above 0, got {examples!r}.")
+    require_whole("examples", examples)
 
 
 def _require_alike(new: Sequence[Tensor], old: Sequence[Tensor]) -> None:

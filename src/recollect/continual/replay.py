@@ -10,7 +10,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from recollect.continual.balance import Classes
-from recollect.errors import DtypeError, SettingError, ShapeError, require, require_tensor
+from recollect.errors import DtypeError, SettingError, ShapeError, require, require_tensor, require_whole
 from recollect.memory import EpisodicMemory
 from recollect.memory.checks import check_entries
 
@@ -115,8 +115,7 @@ class _Replay(nn.Module, ABC):
         Raises:
             SettingError: If ``count`` is not a whole number of at least 0.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise SettingError(f"count must be a whole number of at least 0, got {count!r}.")
+        require_whole("count", count, low=0)
         memory, moved, ranks = self.memory, {}, []
         count = min(count, len(memory))
         for rank, draw in enumerate(self._draw(count).tolist()):  # shuffles the first `count` of all, as Fisher-Yates

@@ -29,9 +29,10 @@ from recollect.language.report import (
     gain_by_frequency,
     interval,
 )
+from recollect.language.schedule import Schedule
 from recollect.language.settings import CacheGrid, CacheSetting, MbPAGrid, MbPASetting
 from recollect.language.static import knn_lm, remember
-from recollect.language.train import Schedule, Step, Turn, train
+from recollect.language.train import Step, Turn, train
 from recollect.language.vocabulary import Vocabulary
 from recollect.memory import Static
 

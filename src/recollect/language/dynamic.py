@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recollect.errors import SettingError, ShapeError, require_number
+from recollect.errors import SettingError, ShapeError, require_number, require_whole
 from recollect.language.evaluate import check_words
 from recollect.language.loss import linear_cross_entropy
 from recollect.language.model import LanguageModel
@@ -58,8 +58,7 @@ def gradient_statistics(
         torch.Size([10, 4])
     """
     for name, value in (("batch", batch), ("segment", segment), ("batches", 1 if batches is None else batches)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingError(f"{name} must be a whole number above 0, got {value!r}.")
+        require_whole(name, value)
     parameters = _movable(lm)
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
     state: Any = None

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require, require_tensor
+from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require, require_tensor, require_whole
 from recollect.memory import EpisodicMemory, Memory, Static
 from recollect.predictors import Predictor
 
@@ -151,8 +151,7 @@ def pairs(
     Raises:
         SettingError, ShapeError, DtypeError: See ``evaluate``; settings are checked at once.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise SettingError(f"block must be a whole number above 0, got {block!r}.")
+    require_whole("block", block)
     if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 0):
         raise SettingError(f"first must be the number of a word, such as vocabulary.end, or None, got {first!r}.")
     return _pairs((tokens,) if isinstance(tokens, Tensor) else tokens, block, first)

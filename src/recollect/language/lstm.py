@@ -7,11 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from recollect.errors import (
-    SettingError,
-    ShapeError,
-    require_number,
-)
+from recollect.errors import SettingError, ShapeError, require_number, require_whole
 from recollect.language.loss import linear_cross_entropy
 from recollect.language.model import check_tokens
 from recollect.language.recurrent import unroll
@@ -81,8 +77,7 @@ class LSTMModel(nn.Module):
         super().__init__()
         sizes = {"vocabulary": vocabulary, "hidden_size": hidden_size, "embedding_size": embedding_size}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise SettingError(f"{name} must be a whole number above 0, got {size!r}.")
+            require_whole(name, size)
         dropouts = {"input_dropout": input_dropout, "state_dropout": state_dropout, "output_dropout": output_dropout}
         for name, dropout in dropouts.items():
             require_number(name, dropout, low=0.0)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from recollect.errors import SettingError, ShapeError, require, require_number
+from recollect.errors import ShapeError, require, require_number, require_whole
 from recollect.kernels import gaussian
 from recollect.language.evaluate import Hidden, pairs
 from recollect.memory import Memory, Static
@@ -65,8 +65,7 @@ def remember(
         >>> memory.values[:4].tolist()
         [1, 4, 1, 5]
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise SettingError(f"block must be a whole number above 0, got {block!r}.")
+    require_whole("block", block)
     require("memory", memory, Memory, "a memory, such as EpisodicMemory(capacity=1000, key_size=64)")
     state: Any = None
     done = 0

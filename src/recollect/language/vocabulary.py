@@ -21,7 +21,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from recollect.errors import DtypeError, FormatError, MissingDataError, SettingError, ShapeError, require_tensor
+from recollect.errors import (
+    DtypeError,
+    FormatError,
+    MissingDataError,
+    SettingError,
+    ShapeError,
+    require_tensor,
+    require_whole,
+)
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -117,9 +125,9 @@ class Vocabulary:
             SettingError: If ``min_count`` is below 1, ``max_size`` below 2, or ``encoding`` none that Python knows.
             MissingDataError, FormatError: See ``encode``.
         """
-        _require_whole("min_count", min_count, 1)
+        require_whole("min_count", min_count)
         if max_size is not None:
-            _require_whole("max_size", max_size, 2)
+            require_whole("max_size", max_size, low=2)
         counts: Counter[str] = Counter()
         for _, text in _pieces(path, encoding):
             counts.update(_split(text))  # keeps the order of first appearance, on which the ties depend
@@ -217,7 +225,7 @@ class Vocabulary:
             SettingError: If ``size`` is below 1, at the call.
             MissingDataError, FormatError, SettingError: See ``encode``; at the block where it is found.
         """
-        _require_whole("size", size, 1)
+        require_whole("size", size)
         return self._blocks(path, size, encoding)
 
     def _blocks(self, path: str | os.PathLike[str], size: int, encoding: str) -> Iterator[Tensor]:
@@ -324,8 +332,3 @@ def _as_tensor(numbers: array) -> Int[Tensor, " m"]:
 
 def _short(word: str) -> str:
     return repr(word if len(word) <= 40 else word[:40] + "...")
-
-
-def _require_whole(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise SettingError(f"{name} must be a whole number of at least {low}, got {value!r}.")

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recollect.errors import MissingExtraError, SettingError
+from recollect.errors import MissingExtraError, require_whole
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Neighbors, WindowIndex, exact_distances, nearest_first
 
@@ -65,8 +65,7 @@ class ApproximateIndex(WindowIndex):
 
     def __init__(self, *, graphs: int = 4, links: int = 16, beam: int = 48, recent: int = 1024) -> None:
         for name, value, low in (("graphs", graphs, 1), ("links", links, 2), ("beam", beam, 1), ("recent", recent, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise SettingError(f"{name} must be a whole number of at least {low}, got {value!r}.")
+            require_whole(name, value, low=low)
         _import_faiss()
         self._spread, self._links, self._beam, self._most_recent = graphs, links, beam, recent
         self._scanned = 16 * recent  # up to as many entries a scan is as fast as graphs

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from recollect.errors import DtypeError, NonFiniteError, SettingError, require
+from recollect.errors import DtypeError, NonFiniteError, SettingError, require, require_whole
 from recollect.kernels import Kernel, dot_product, gaussian, inverse_distance
 from recollect.memory.checks import check_entries, check_limit, check_queries, overflows, too_large
 from recollect.memory.exact import ExactIndex
@@ -76,10 +76,8 @@ class EpisodicMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("capacity", capacity), ("key_size", key_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"{name} must be a whole number above 0, got {value!r}.")
-        if isinstance(history, bool) or not isinstance(history, int) or history < 0:
-            raise SettingError(f"history must be a whole number of at least 0, got {history!r}.")
+            require_whole(name, value)
+        require_whole("history", history, low=0)
         if key_dtype not in _KEY_DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _KEY_DTYPES)
             raise DtypeError(f"keys can be stored as one of {allowed}, got key_dtype={key_dtype}.")
