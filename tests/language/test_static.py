@@ -98,12 +98,13 @@ def test_every_word_sees_all_of_a_static_memory(lm: LSTMModel) -> None:
     torch.testing.assert_close(result.nats, -direct.gather(1, result.tokens[:, None]).squeeze(1))
 
 
-@pytest.mark.parametrize("form", ["bare", "mixed", "beside another"])
+@pytest.mark.parametrize("form", ["bare", "mixed", "beside another", "also static"])
 def test_a_memory_that_is_read_but_not_named_is_refused(lm: LSTMModel, form: str) -> None:
     """Of a filled memory the first word would silently see nothing, the second one entry, and so on."""
     memory, other = filled(lm, text(40)), EpisodicMemory(capacity=40, key_size=6, key_dtype=torch.float64)
     cache = NonParametric(memory, classes=WORDS, neighbors=5)
-    output = cache if form == "bare" else Mixture(Parametric(lm.decoder), cache, weights=(0.5, 0.5))
+    first = knn_lm(memory, classes=WORDS) if form == "also static" else Parametric(lm.decoder)
+    output = cache if form == "bare" else Mixture(first, cache, weights=(0.5, 0.5))
     with pytest.raises(SettingError, match="reads a memory that is not named"):
         evaluate(lm.hidden, output, other if form == "beside another" else None, text(15))
     assert len(memory) == 39
@@ -115,14 +116,14 @@ def test_a_static_memory_that_is_written_to_is_refused(lm: LSTMModel, kind: str)
     memory = EpisodicMemory(capacity=40, key_size=6, key_dtype=torch.float64, history=256)
     output = {
         "knn": knn_lm(memory, classes=WORDS, neighbors=8),
-        "cache": neural_cache(Static(memory), classes=WORDS),
+        "cache": neural_cache(Static(memory), classes=WORDS, flatness=1.0),
         "mbpa": MbPA(lm.decoder, Static(memory), neighbors=5, adaptation=LocalAdaptation(rules.sgd(0.5), steps=1)),
     }[kind]
     mixed = Mixture(Parametric(lm.decoder), output, weights=(0.5, 0.5))
     with pytest.raises(SettingError, match="a word would find itself"):
         evaluate(lm.hidden, mixed, memory, text(15))
     with pytest.raises(SettingError, match="a word would find itself"):
-        evaluate(lm.hidden, Mixture(mixed, NonParametric(memory, classes=WORDS), weights=(0.5, 0.5)), memory, text(15))
+        evaluate(lm.hidden, Mixture(mixed, neural_cache(memory, classes=WORDS), weights=(0.5, 0.5)), memory, text(15))
 
 
 def test_a_named_memory_stays_as_it_is_when_another_is_refused(lm: LSTMModel) -> None:
@@ -158,7 +159,7 @@ def test_static_is_the_memory_to_read_and_refuses_to_be_written(lm: LSTMModel) -
     assert len(memory) == 8
     empty = Static(EpisodicMemory(capacity=10, key_size=6))
     with pytest.raises(SettingError, match="only read from"):  # what the text teaches would be seen before its time
-        evaluate(lm.hidden, knn_lm(empty, classes=WORDS), empty, text(5))
+        evaluate(lm.hidden, Parametric(lm.decoder), empty, text(5))
 
 
 def test_bad_settings_are_refused(lm: LSTMModel, untyped: None) -> None:

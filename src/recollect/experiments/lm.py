@@ -20,7 +20,7 @@ from recollect.errors import (
     NonFiniteError,
     SettingError,
     require_device,
-    require_number,
+    require_whole,
 )
 from recollect.experiments.language_models import Size, Text, trained
 from recollect.experiments.runner import Progress, Run
@@ -40,6 +40,7 @@ from recollect.language import (
 )
 from recollect.language.choose import Choice, choose, keys_of, predictor
 from recollect.language.settings import CacheSetting, MbPASetting
+from recollect.language.vocabulary import UNKNOWN
 
 _FORMAT = {"format": "recollect language model 1"}
 _KEY = "input"  # what neighbors are searched by: smaller than the hidden state, and as good or better
@@ -48,6 +49,7 @@ _MBPA = (
     MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128), rates=(0.5, 2.0, 8.0)),
     MbPAGrid(sizes=(1000,), neighbors=(8,), rates=(0.2, 0.4), steps=(5, 10)),
 )
+_ELSEWHERE = {"text", "valid", "out", "device", "tune", "encoding"}
 _BUCKETS = 5  # of words by their training frequency, as in Figure 8
 
 
@@ -115,8 +117,8 @@ def run(config: Train | Evaluate) -> str:
 def _train(config: Train) -> str:
     require_device(config.device)
     for name in ("hidden_size", "embedding_size", "min_count", "batch", "tune"):
-        require_number(f"--{name.replace('_', '-')}", getattr(config, name), low=1.0)
-    require_number("--max-vocabulary", config.max_vocabulary, low=2.0)
+        require_whole(f"--{name.replace('_', '-')}", getattr(config, name))
+    require_whole("--max-vocabulary", config.max_vocabulary, low=2)
     if config.text.exists() and not config.text.is_file():
         raise SettingError(
             f"--text must be a file, got {config.text}: the training text is read twice, to count its words and to "
@@ -132,7 +134,8 @@ def _train(config: Train) -> str:
     schedule = Schedule(
         epochs=config.epochs, batch=batch, rate=config.rate, turn=turn, patience=4, decay=0.3, anneal=0.3
     )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    # What determines the training: the texts' words, which its checkpoint knows, and not where they lie.
+    settings = {name: value for name, value in asdict(config).items() if name not in _ELSEWHERE}
     record = Run(config.out, {**settings, "words": len(train)})
     text = Text(vocabulary, train, valid, valid)
     lm = trained(record, text, size, schedule, seed=config.seed, device=config.device)
@@ -150,7 +153,8 @@ def _train(config: Train) -> str:
     checkpoint.write(config.out / "model", {**state, "choice": _as_lists(choice)}, run=_FORMAT)
     base = float(-scores.model.log().double().mean())
     lines = [
-        f"{len(train):,} training words, {len(vocabulary):,} different ones; validation text:",
+        f"{len(train):,} training words, {len(vocabulary):,} different ones; validation text, "
+        f"{_unknown(vocabulary, tokens)}:",
         "",
         "| | perplexity | nats per word | change in nats |",
         "|---|---|---|---|",
@@ -171,6 +175,12 @@ def _encode(vocabulary: Vocabulary, file: Path, encoding: str) -> Int[Tensor, " 
     return tokens
 
 
+def _unknown(vocabulary: Vocabulary, tokens: Int[Tensor, " n"]) -> str:
+    """Says how much of a text the model does not know: that is easy to predict, and tells nothing."""
+    share = float((tokens == vocabulary.number(UNKNOWN)).double().mean())
+    return f"{100 * share:.1f} % of them {UNKNOWN}"
+
+
 def _evaluate(config: Evaluate) -> str:
     device = require_device(config.device)
     lm, vocabulary, choice = _load(config.model, device)
@@ -182,9 +192,9 @@ def _evaluate(config: Evaluate) -> str:
             hidden, first, words = keys_of(lm, _KEY), vocabulary.end, tokens.to(device)
             found[name] = evaluate(hidden, output, written, words, first=first, watch=progress.advance)
     before, after = (result.nats.cpu() for result in found.values())
-    groups = blocks(len(tokens))
+    groups = blocks(len(tokens), size=max(1, min(1000, len(tokens) // 30)))
     lines = [
-        f"{len(tokens):,} words of {config.text}",
+        f"{len(tokens):,} words of {config.text}, {_unknown(vocabulary, tokens)}",
         "",
         "| | perplexity | nats per word | change in nats (95 %) | words/s |",
         "|---|---|---|---|---|",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.adaptation import LocalAdaptation, rules
 from recollect.errors import SettingError, ShapeError, require_choice
-from recollect.language.evaluate import Hidden
+from recollect.language.evaluate import BLOCK, Hidden
 from recollect.language.grid import Scores
 from recollect.language.model import LanguageModel
 from recollect.language.reading import KEYS
@@ -110,7 +110,7 @@ def keys_of(lm: LanguageModel, key: str) -> Hidden:
 
 
 def predictor(
-    lm: LanguageModel, choice: Choice, *, key: str, history: int = 256
+    lm: LanguageModel, choice: Choice, *, key: str, history: int = BLOCK
 ) -> tuple[Mixture, list[EpisodicMemory]]:
     """Returns the mixture of model, cache and MbPA for ``evaluate``, and the memories that it reads.
 

@@ -207,6 +207,10 @@ def _movable(lm: LanguageModel) -> dict[str, nn.Parameter]:
 def _gradients(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Returns a gradient for each weight: zero for what the text does not pass, such as an idle expert."""
     weights = list(parameters)
+    if not loss.requires_grad:
+        raise SettingError(
+            "the text passes none of the weights that may move. Call requires_grad_() on some that it does."
+        )
     found = torch.autograd.grad(loss, weights, allow_unused=True)
     return [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(weights, found, strict=True)]
 

@@ -20,7 +20,8 @@ from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, r
 from recollect.memory import EpisodicMemory, Memory, Static
 from recollect.predictors import Predictor
 
-_BLOCK = 256  # words that are predicted at once
+BLOCK = 256
+"""How many words are predicted at once."""
 _TOLERANCE = 1e-3  # by how much the sum of a float32 distribution may miss one
 
 
@@ -64,7 +65,7 @@ def evaluate(
     tokens: Int[Tensor, " n"] | Iterable[Tensor],
     *,
     first: int | None = None,
-    block: int = _BLOCK,
+    block: int = BLOCK,
     after: Callable[[Int[Tensor, " t"]], None] = lambda words: None,
     watch: Callable[[int], None] = lambda words: None,
 ) -> Evaluation:
@@ -235,7 +236,10 @@ def _require_named(output: Predictor, memories: tuple[Memory, ...]) -> None:
             "are read as they are; read as Static (as knn_lm does) only what was filled beforehand."
         )
     for part in parts:
-        if isinstance(part, EpisodicMemory) and id(part) not in written | static:
+        if isinstance(part, Static) or id(part) in written:
+            continue
+        held = [one for one in (*part.children(), *vars(part).values()) if isinstance(one, Memory)]
+        if any(not isinstance(one, Static) and all(one is not memory for memory in memories) for one in held):
             raise SettingError(
                 "output reads a memory that is not named. Pass it as memory=, for each word to be written to it, or "
                 "wrap it as Static(memory) where output reads it, if it was filled beforehand."

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recollect.errors import DtypeError, NonFiniteError
-from recollect.language.evaluate import too_short
-from recollect.language.reading import BLOCK, Reading, gathered
+from recollect.language.evaluate import BLOCK, too_short
+from recollect.language.reading import Reading, gathered
 from recollect.language.settings import CacheGrid, MbPAGrid
 from recollect.language.window import Window, score_cache, score_mbpa
 
@@ -102,12 +102,13 @@ def _score(
     """Writes a block of words, and returns the fields of its ``Scores``."""
     times = torch.arange(done, done + len(reading.targets), device=reading.targets.device)
     gold = reading.targets.unsqueeze(1)
-    chances = reading.logits.log_softmax(1).gather(1, gold).squeeze(1).exp()
+    logs = reading.logits.log_softmax(1).gather(1, gold).squeeze(1)
+    chances = logs.double().exp()  # of one word in a million texts float32 would make a zero
     if not bool(chances.isfinite().all()):
         word = done + int((~chances.isfinite()).nonzero()[0])
         raise NonFiniteError(f"the model's prediction of word {word} of the text holds NaN or infinite numbers.")
     window.add(reading, times)
-    nothing = chances.new_empty(0, len(chances))
+    nothing = logs.new_empty(0, len(logs))
     of_cache = torch.cat([nothing, *(score_cache(window, reading, times, grid) for grid in caches)])
     of_mbpa = torch.cat([nothing, *(score_mbpa(window, reading, times, grid) for grid in mbpas)])
     return reading.targets, chances, of_cache, of_mbpa

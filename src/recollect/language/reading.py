@@ -9,10 +9,9 @@ from torch import Tensor
 
 from recollect.errors import require_choice
 from recollect.language.dynamic import DynamicEvaluation
-from recollect.language.evaluate import check_words, pairs
+from recollect.language.evaluate import BLOCK, check_words, pairs
 from recollect.language.model import LanguageModel
 
-BLOCK = 256  # words that are predicted at once
 KEYS = ("hidden", "input")
 
 

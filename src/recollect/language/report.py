@@ -1,15 +1,16 @@
 """What the cost of every word adds up to: weights of a mixture, confidence intervals, gains by frequency."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recollect.errors import LabelError, SettingError, ShapeError
+from recollect.errors import LabelError, SettingError, ShapeError, require_tensor
 
 _GAP = 1e-7  # nats per word: how much better the best weights may be at most
-_ITERATIONS = 100  # of Newton's method, which takes about ten
+_ITERATIONS = 300  # of Newton's method, which takes about ten; far more where a part is at first all but ruled out
 _HALVINGS = 30
 
 
@@ -43,16 +44,21 @@ def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
         >>> fit_weights(model, cache).weights
         tensor([0.4286, 0.5714])
     """
-    if not parts or parts[0].shape[-1:].numel() == 0 or parts[0].dim() == 0:
+    for number, part in enumerate(parts):
+        require_tensor(f"part {number}", part)
+    if not parts or any(part.dim() == 0 or part.shape[-1] == 0 for part in parts):
         raise ShapeError("a mixture is fitted to one part or more, each with a probability for every word; got none.")
+    if len({part.shape[-1] for part in parts}) > 1:
+        raise ShapeError(f"all parts must be of the same words, got {[part.shape[-1] for part in parts]} of them.")
     chances = torch.broadcast_tensors(*parts)
-    if not all(bool((part >= 0).all()) for part in parts):
-        raise SettingError("the parts must be probabilities, got a number that is negative or NaN. Are these nats?")
+    if not all(bool(((part >= 0) & (part < 1.01)).all()) for part in parts):  # half types round
+        raise SettingError("the parts must be probabilities, got a number below 0, above 1 or NaN. Are these nats?")
     wide = tuple(part.double() for part in chances)
     weights = torch.full_like(torch.stack([part[..., 0] for part in wide]), 1 / len(wide))
     loss = _loss(wide, weights)
     if not bool(loss.isfinite().all()):
         raise SettingError("a word has probability 0 by all parts, which no mixture can mend. Is the model among them?")
+    pull = weights
     for _ in range(_ITERATIONS):
         mixed = mix(wide, list(weights))
         ratios = [part / mixed for part in wide]
@@ -62,6 +68,8 @@ def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
             break
         bend = torch.stack([torch.stack([(one * other).mean(-1) for other in ratios]) for one in ratios])
         weights, loss = _towards(_goal(weights, pull, bend), wide, weights, loss, moving.double())
+    else:
+        warnings.warn(f"other weights may be better by {float(pull.amax().log()):.2g} nats.", stacklevel=2)
     return Fitted(weights.to(torch.promote_types(chances[0].dtype, torch.float32)), loss)
 
 
@@ -72,18 +80,21 @@ def _goal(weights: Float[Tensor, "p *s"], pull: Tensor, bend: Float[Tensor, "p p
     all such choices are tried.
     """
     count = len(weights)
-    a, now = bend.movedim((0, 1), (-2, -1)), weights.movedim(0, -1)
-    ridge = 1e-10 * a.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # equal parts leave their shares open
-    a = a + torch.diag_embed(ridge.expand_as(now))
-    b = 2 * pull.movedim(0, -1) - 1 + ridge * now
+    a = bend.movedim((0, 1), (-2, -1))
+    # By its own scale each, as a part that alone explains some word bends the loss by far the most.
+    scale = a.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-30)
+    a = a / (scale.unsqueeze(-1) * scale.unsqueeze(-2)) + 1e-10 * torch.eye(count, dtype=a.dtype, device=a.device)
+    now, slope = weights.movedim(0, -1) * scale, (pull.movedim(0, -1) - 1) / scale
+    b = (a @ now.unsqueeze(-1)).squeeze(-1) + slope
     goal, least = now, torch.full_like(now[..., 0], torch.inf)
     for number in range(1, 2**count):
         kept = torch.tensor([number >> part & 1 for part in range(count)], dtype=a.dtype, device=a.device)
         found = torch.linalg.solve(a * torch.outer(kept, kept) + torch.diag(1 - kept), b * kept)
-        value = (found * ((a @ found.unsqueeze(-1)).squeeze(-1) / 2 - b)).sum(-1)
+        way = found - now
+        value = (way * ((a @ way.unsqueeze(-1)).squeeze(-1) / 2 - slope)).sum(-1)
         better = (found >= 0).all(-1) & (value < least)
         goal, least = torch.where(better.unsqueeze(-1), found, goal), torch.where(better, value, least)
-    return goal.movedim(-1, 0)
+    return (goal / scale).movedim(-1, 0)
 
 
 def _towards(

@@ -20,11 +20,9 @@ from torch import Tensor
 
 from recollect.errors import ShapeError, require, require_number, require_whole
 from recollect.kernels import gaussian
-from recollect.language.evaluate import Hidden, pairs
+from recollect.language.evaluate import BLOCK, Hidden, pairs
 from recollect.memory import Memory, Static
 from recollect.predictors import NonParametric
-
-_BLOCK = 256  # words that are read at once
 
 
 def remember(
@@ -33,7 +31,7 @@ def remember(
     tokens: Int[Tensor, " n"] | Iterable[Tensor],
     *,
     first: int | None = None,
-    block: int = _BLOCK,
+    block: int = BLOCK,
     watch: Callable[[int], None] = lambda words: None,
 ) -> int:
     """Writes every word of a text to a memory, under what a model made of the words before it.

@@ -323,7 +323,10 @@ class _Trainer:
 
 
 def _diverged(what: str, schedule: Schedule) -> NonFiniteError:
-    return NonFiniteError(f"training diverges: {what}. Start anew with a lower rate= (it was {schedule.rate:g}).")
+    return NonFiniteError(
+        f"training diverges: {what}. Start anew with a lower rate (it was {schedule.rate:g}), and with another folder "
+        "or file if it keeps one."
+    )
 
 
 def _adam(model: LSTMModel, schedule: Schedule) -> torch.optim.Adam:

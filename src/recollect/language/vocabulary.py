@@ -157,6 +157,8 @@ class Vocabulary:
         words, counts = state.get("words"), state.get("counts")
         if not isinstance(words, list) or not isinstance(counts, list):
             raise FormatError(f"this is no state of a vocabulary: it must have words and counts, got {list(state)}.")
+        if not all(isinstance(word, str) for word in words):
+            raise FormatError("this is no state of a vocabulary: words must be strings.")
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise FormatError("this is no state of a vocabulary: counts must be whole numbers of at least 0.")
         try:
