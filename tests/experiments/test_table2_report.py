@@ -12,6 +12,8 @@ import torch
 from recollect.experiments import plots, table2_report
 from recollect.experiments.runner import read_rows
 
+ROOT = Path(__file__).parents[2]
+
 # The rows of the table, and what stands in the paper: perplexity on validation and test text, nats gained on test.
 # Krause et al.'s dynamic evaluation gains from their own model's 57.7 and 66.1.
 SHOWN = {
@@ -139,3 +141,12 @@ def test_the_figure_draws_what_mbpa_adds_to_the_cache(made_up: Path, monkeypatch
         ends = torch.tensor([line.tolist() for line in lines.get_segments()])
         spans = [[[n, row["gain"] + sign * row["deviation"]] for sign in (-1, 1)] for n, row in enumerate(found, 1)]
         torch.testing.assert_close(ends, torch.tensor(spans))
+
+
+def test_the_pages_show_the_tables_of_the_recorded_run() -> None:
+    table = (ROOT / "results/table2/table.md").read_text()
+    assert table in (ROOT / "docs/language.md").read_text()
+    assert all(heading in table for heading in HEADINGS.values())
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| LSTM")]
+    assert len(shown) == 2 * 5
+    assert all(line in table for line in shown)
