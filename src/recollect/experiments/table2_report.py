@@ -66,10 +66,10 @@ def _table(corpus: str, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for reader, mixture, title in _ROWS:
-        valid, test = (
-            next(r for r in rows if _is(r, part="result", reader=reader, mixture=mixture, text=text))
-            for text in ("valid", "test")
-        )
+        found = [r for r in rows if _is(r, part="result", reader=reader, mixture=mixture)]
+        if len(found) < 2:
+            continue  # not read yet: dynamic evaluation comes last
+        valid, test = sorted(found, key=lambda row: row["text"] == "test")
         ours = [f"{math.exp(row['loss']):.1f}" for row in (valid, test)]
         base = (reader, mixture) == ("static", "model")
         gain = "" if base else f"{-test['gain']:.3f} +- {test['gain_half_width']:.3f}"
@@ -98,11 +98,14 @@ def _choices(rows: list[dict[str, Any]]) -> list[str]:
         both = f"{_cache(row['both'][0])}, {_mbpa(row['both'][1])}: {row['loss'] - row['model']:+.3f} nats"
         lines.append(f"- key {row['key']}: {_cache(row['cache'])}; {_mbpa(row['mbpa'])}; together {both}")
     tried = [r for r in rows if r["part"] == "dynamic"]
-    best = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])
-    lines.append(f"- dynamic evaluation: rate {best['rate']:g}, decay {best['decay']:g}, of {len(tried)} settings")
+    if tried:
+        best = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])
+        lines.append(f"- dynamic evaluation: rate {best['rate']:g}, decay {best['decay']:g}, of {len(tried)} settings")
     for reader in ("static", "dynamic"):
         for mixture in ("cache", "mbpa", "both"):
-            row = next(r for r in rows if _is(r, part="result", reader=reader, mixture=mixture, text="test"))
+            row = next((r for r in rows if _is(r, part="result", reader=reader, mixture=mixture, text="test")), None)
+            if row is None:
+                continue
             weights = ", ".join(f"{w:.3f}" for w in row["weights"])
             names = {"cache": "model, cache", "mbpa": "model, MbPA", "both": "model, cache, MbPA"}[mixture]
             lines.append(f"- weights ({reader} model; {names}): {weights}")

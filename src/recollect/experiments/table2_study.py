@@ -107,13 +107,14 @@ class Study:
     def run(self) -> None:
         """Does what has not been done, and adds the rows."""
         choice = self._choice()
-        rate, decay = self._dynamic_choice()
         words: dict[tuple[str, str], dict[str, Tensor]] = {}
         for reader in ("static", "dynamic"):
+            rate, decay = self._dynamic_choice() if reader == "dynamic" else (0.0, 0.0)
             for text in ("valid", "test"):
                 words[reader, text] = self._words(reader, text, choice, rate, decay)
             self._results(reader, words)
-        self._buckets(words)
+            if reader == "static":
+                self._buckets(words)
 
     # Choosing
 
