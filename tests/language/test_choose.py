@@ -81,7 +81,7 @@ def test_models_of_half_types(dtype: torch.dtype) -> None:
     """Their probabilities are not rounded to the half type: of 8 bits the loss would be off by hundredths."""
     lm, tokens = model(dtype), text(300)
     scores = score(read(lm, tokens), CACHES, ONE_STEP)
-    assert scores.model.dtype == torch.float32
+    assert scores.model.dtype == torch.float64
     with torch.no_grad():
         hidden, _ = lm.hidden(tokens[None, :-1])
         exact = lm.decoder(hidden[0]).double().softmax(1).gather(1, tokens[1:, None]).squeeze(1)
