@@ -140,7 +140,7 @@ def test_the_printed_numbers_are_those_of_the_library(
     buckets = gain_by_frequency(tokens, vocabulary.counts, alone.nats, mixed.nats, groups)
     assert rows(printed, *"12345") == [
         [
-            *(str(number), str(bucket.words), str(bucket.occurrences), str(bucket.rarest), f"{bucket.gain:.1f}"),
+            *(str(number), str(bucket.words), str(bucket.occurrences), str(bucket.rarest), f"{bucket.percent:.1f}"),
             f"{bucket.nats.mean:+.3f} +- {bucket.nats.half_width:.3f}",
         ]
         for number, bucket in enumerate(buckets, 1)

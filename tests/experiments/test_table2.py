@@ -254,6 +254,8 @@ def test_articles_are_what_a_run_on_wikitext_takes_for_independent(both: Ran) ->
             close = {"rel": 0.02, "abs": 1e-4}
             assert row["nats"] == pytest.approx(bucket.nats.mean, **close)
             assert row["half_width"] == pytest.approx(bucket.nats.half_width, **close)
+            assert row["deviation"] == pytest.approx(bucket.deviation, **close)
+            assert row["percent"] == pytest.approx(bucket.percent, rel=0.02, abs=1e-2)
 
 
 def test_both_corpora_of_a_folder_are_shown(both: Ran, whole: Ran) -> None:

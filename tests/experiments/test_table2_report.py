@@ -63,7 +63,7 @@ def made_up_rows(shift: float) -> list[dict[str, Any]]:
         before, after = list(ADDED.values())[n // BUCKETS]
         row = {"part": "bucket", "before": before, "after": after, "number": n % BUCKETS + 1}
         row |= {"words": 100 + n, "occurrences": 200 + n, "rarest": 300 + n, "half_width": 0.5 + 0.013 * n + shift}
-        row |= {"gain": 7.0 * n - 30 + shift, "deviation": 2.0 + 1.3 * n + shift, "nats": 0.017 * n - 0.1 + shift}
+        row |= {"percent": 7.0 * n - 30 + shift, "deviation": 2.0 + 1.3 * n + shift, "nats": 0.017 * n - 0.1 + shift}
         found.append(row)
     return found
 
@@ -115,8 +115,8 @@ def test_gains_by_frequency_are_those_of_the_rows(made_up: Path, corpus: str) ->
     for names, (before, after) in ADDED.items():
         for row in pick(made_up, corpus, part="bucket", before=before, after=after):
             counts = (str(row[name]) for name in ("number", "words", "occurrences", "rarest"))
-            percent = f"{row['gain']:.1f} +- {row['deviation']:.1f}"
-            expected.append([*names, *counts, percent, f"{row['nats']:.3f} +- {row['half_width']:.3f}"])
+            nats = f"{row['nats']:.3f} +- {row['half_width']:.3f}"
+            expected.append([*names, *counts, f"{row['percent']:.1f}", nats, f"{row['deviation']:.3f}"])
     assert len(expected) == len(ADDED) * BUCKETS
     for table in (table2_report.report(made_up), table2_report.buckets(made_up)):
         shown = cells(table, corpus)
@@ -124,7 +124,7 @@ def test_gains_by_frequency_are_those_of_the_rows(made_up: Path, corpus: str) ->
         assert shown[start + 2 :] == expected
 
 
-def test_the_figure_draws_what_mbpa_adds_to_the_cache(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_draws_what_each_bucket_gains(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = []
     monkeypatch.setattr(plots, "save", lambda picture, path: pictures.append((picture, path)))
     table2_report.report(made_up)
@@ -132,15 +132,17 @@ def test_the_figure_draws_what_mbpa_adds_to_the_cache(made_up: Path, monkeypatch
     assert path == made_up / "figure8.png"
     assert [axes.get_title(loc="left") for axes in picture.axes] == list(HEADINGS.values())
     for axes, corpus in zip(picture.axes, HEADINGS, strict=True):
-        found = pick(made_up, corpus, part="bucket", before="cache", after="both")
-        bars, errors = axes.containers
-        centers = [bar.get_x() + bar.get_width() / 2 for bar in bars]
-        assert centers == pytest.approx([1, 2, 3, 4, 5])
-        assert [bar.get_height() for bar in bars] == pytest.approx([row["gain"] for row in found])
-        _, _, (lines,) = errors.lines
-        ends = torch.tensor([line.tolist() for line in lines.get_segments()])
-        spans = [[[n, row["gain"] + sign * row["deviation"]] for sign in (-1, 1)] for n, row in enumerate(found, 1)]
-        torch.testing.assert_close(ends, torch.tensor(spans))
+        containers = [one for one in axes.containers if one.get_label() in {" added to ".join(n) for n in ADDED}]
+        assert [one.get_label() for one in containers] == [" added to ".join(names) for names in ADDED]
+        for bars, (before, after) in zip(containers, ADDED.values(), strict=True):
+            found = pick(made_up, corpus, part="bucket", before=before, after=after)
+            centers = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+            assert [round(center) for center in centers] == [1, 2, 3, 4, 5]
+            assert [bar.get_height() for bar in bars] == pytest.approx([row["nats"] for row in found])
+            _, _, (lines,) = bars.errorbar.lines
+            ends = torch.tensor([line[:, 1].tolist() for line in lines.get_segments()])
+            spans = [[row["nats"] + sign * row["half_width"] for sign in (-1, 1)] for row in found]
+            torch.testing.assert_close(ends, torch.tensor(spans))
 
 
 def test_the_pages_show_the_tables_of_the_recorded_run() -> None:

@@ -207,14 +207,14 @@ def _evaluate(config: Evaluate) -> str:
     buckets = gain_by_frequency(tokens, vocabulary.counts, before, after, groups, buckets=most)
     lines += [
         "",
-        "Percent by which the perplexity of a word falls (mean over the different words of a bucket), and nats gained "
-        "over its occurrences (95 %), from the most frequent words to the rarest:",
+        "What each occurrence of a word gains, from the most frequent words to the rarest: the fall of the perplexity in "
+        "percent, and the same in nats (95 %):",
         "",
         "| bucket | different words | occurrences | rarest in training | percent | nats |",
         "|---|---|---|---|---|---|",
     ]
     lines += (
-        f"| {number} | {bucket.words} | {bucket.occurrences} | {bucket.rarest} | {bucket.gain:.1f} "
+        f"| {number} | {bucket.words} | {bucket.occurrences} | {bucket.rarest} | {bucket.percent:.1f} "
         f"| {bucket.nats.mean:+.3f} +- {bucket.nats.half_width:.3f} |"
         for number, bucket in enumerate(buckets, 1)
     )

@@ -35,6 +35,12 @@ _PAPER = {
         ("dynamic", "model"): (46.4, 44.3),
     },
 }
+_ADDED = {
+    ("MbPA", "LSTM + cache"): {"before": "cache", "after": "both"},
+    ("MbPA", "LSTM"): {"before": "model", "after": "mbpa"},
+    ("cache", "LSTM"): {"before": "model", "after": "cache"},
+}
+_COLORS = plots.BLUE, plots.ORANGE, plots.GRAY
 _AWD = {"ptb": 57.7, "wikitext-2": 66.1}  # the test perplexity of the model that Krause et al. adapt
 
 
@@ -124,43 +130,40 @@ def _mbpa(setting: list[int | float]) -> str:
 
 def _buckets(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Percent by which the perplexity of a word falls on test (mean +- standard deviation over the different words "
-        "of a bucket), and nats over its occurrences (95 %), from the most frequent words to the rarest:",
+        "What each occurrence of a word gains on test, from the most frequent words to the rarest: the fall of the "
+        "perplexity in percent; the same in nats (95 %), and its standard deviation over the occurrences:",
         "",
-        "| added | to | bucket | words | occurrences | rarest in training | percent | nats |",
-        "|---|---|---|---|---|---|---|---|",
+        "| added | to | bucket | words | occurrences | rarest in training | percent | nats | deviation |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    names = {
-        ("cache", "both"): "MbPA | LSTM + cache",
-        ("model", "mbpa"): "MbPA | LSTM",
-        ("model", "cache"): "cache | LSTM",
-    }
     lines += (
-        f"| {names[row['before'], row['after']]} | {row['number']} | {row['words']} | {row['occurrences']} "
-        f"| {row['rarest']} | {row['gain']:.1f} +- {row['deviation']:.1f} "
-        f"| {row['nats']:.3f} +- {row['half_width']:.3f} |"
+        f"| {added} | {to} | {row['number']} | {row['words']} | {row['occurrences']} | {row['rarest']} "
+        f"| {row['percent']:.1f} | {row['nats']:.3f} +- {row['half_width']:.3f} | {row['deviation']:.3f} |"
+        for (added, to), key in _ADDED.items()
         for row in rows
-        if row["part"] == "bucket"
+        if _is(row, part="bucket", **key)
     )
     return [*lines, ""]
 
 
 def _figure(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Draws Figure 8: a bar for each bucket with its standard deviation, one panel for each corpus."""
+    """Draws Figure 8: what is gained in each bucket, with its interval, one panel for each corpus."""
     picture, panels = plots.grid(len(rows), columns=2, width=4.8, height=3.6)
+    width = 0.27
     for axes, (corpus, found) in zip(panels, rows.items(), strict=True):
         plots.dress(axes)
-        buckets = [r for r in found if _is(r, part="bucket", before="cache", after="both")]
-        x = [row["number"] for row in buckets]
-        axes.bar(x, [row["gain"] for row in buckets], color=plots.BLUE, width=0.7)
-        axes.errorbar(
-            x,
-            [row["gain"] for row in buckets],
-            yerr=[row["deviation"] for row in buckets],
-            **{"fmt": "none", "ecolor": plots.GRAY, "capsize": 3},
-        )
+        for number, ((added, to), key) in enumerate(_ADDED.items()):
+            buckets = [row for row in found if _is(row, part="bucket", **key)]
+            axes.bar(
+                [row["number"] + (number - 1) * width for row in buckets],
+                [row["nats"] for row in buckets],
+                yerr=[row["half_width"] for row in buckets],
+                label=f"{added} added to {to}",
+                **{"width": width, "color": _COLORS[number], "ecolor": "black", "capsize": 2},
+            )
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(TITLES[corpus], loc="left", fontsize=11)
         axes.set_xlabel("bucket of words, from frequent to rare")
-        axes.set_ylabel("fall of perplexity by MbPA, %")
+        axes.set_ylabel("gain per occurrence, nats (95 %)")
+        axes.legend(fontsize=8, loc="upper left")
     plots.save(picture, path)

@@ -1,5 +1,6 @@
 """What the cost of every word adds up to: weights of a mixture, confidence intervals, gains by frequency."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -216,12 +217,12 @@ class Bucket(NamedTuple):
     """How often they occur in the text."""
     rarest: int
     """The smallest number of times that one of them occurs in the training text."""
-    gain: float
-    """The mean over its different words of the percentage by which their perplexity falls."""
-    deviation: float
-    """The standard deviation of that over its different words; 0 of one word."""
     nats: Interval
-    """The mean gain over its occurrences, in nats."""
+    """The mean gain over its occurrences."""
+    deviation: float
+    """The standard deviation of that gain from one occurrence to the next, in nats; 0 of one."""
+    percent: float
+    """By how much its perplexity falls: the mean gain in other words."""
 
 
 def gain_by_frequency(
@@ -236,7 +237,9 @@ def gain_by_frequency(
     """Returns who gains, from the most frequent words to the rarest.
 
     Paper: Appendix C, Figure 8: "percent improvement, split by training word frequency into five equally sized
-    buckets". The buckets hold equally many different words of the text; the paper does not say of what.
+    buckets", with its standard deviation; of what, the paper does not say. Here buckets hold equally many different
+    words of the text, and each occurrence counts alike: in a mean of percentages over words, a single one that the
+    text has once and that becomes a hundred times less likely would hide all others.
 
     Args:
         tokens: The words of the text.
@@ -255,7 +258,7 @@ def gain_by_frequency(
         >>> tokens, counts = torch.tensor([0, 0, 0, 1]), torch.tensor([900, 2])
         >>> before, after = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.5])
         >>> frequent, rare = gain_by_frequency(tokens, counts, before, after, torch.arange(4), buckets=2)
-        >>> frequent.nats.mean, rare.nats.mean, round(rare.gain)
+        >>> frequent.nats.mean, rare.nats.mean, round(rare.percent)
         (0.0, 0.5, 39)
     """
     tokens, counts, groups = (part.to(before.device) for part in (tokens, counts, groups))
@@ -271,20 +274,17 @@ def gain_by_frequency(
     if not 1 <= buckets <= len(words):
         raise SettingError(f"{len(words)} different words cannot be put into {buckets} buckets of one or more.")
     gains = (before - after).double()
-    sums = gains.new_zeros(size).index_add_(0, tokens, gains)
-    percent = 100 * (1 - (-sums / occurs).exp())
-    return [_bucket(some, tokens, counts, percent, gains, groups) for some in words.tensor_split(buckets)]
+    return [_bucket(some, tokens, counts, gains, groups) for some in words.tensor_split(buckets)]
 
 
-def _bucket(
-    words: Int[Tensor, " w"], tokens: Tensor, counts: Tensor, percent: Tensor, gains: Tensor, groups: Tensor
-) -> Bucket:
+def _bucket(words: Int[Tensor, " w"], tokens: Tensor, counts: Tensor, gains: Tensor, groups: Tensor) -> Bucket:
     inside = torch.isin(tokens, words)
+    nats = interval(gains[inside], groups[inside])
     return Bucket(
         words=len(words),
         occurrences=int(inside.sum()),
         rarest=int(counts[words].min()),
-        gain=float(percent[words].mean()),
-        deviation=float(percent[words].std()) if len(words) > 1 else 0.0,
-        nats=interval(gains[inside], groups[inside]),
+        nats=nats,
+        deviation=float(gains[inside].std()) if int(inside.sum()) > 1 else 0.0,
+        percent=-100 * math.expm1(-nats.mean),
     )
