@@ -62,7 +62,7 @@ class Table2:
     corpus: str = "ptb"
     """``ptb`` or ``wikitext-2``."""
     scale: str = "smoke"
-    """``smoke`` (a minute), ``small`` (two hours of one core), ``paper`` (for a GPU)."""
+    """``smoke`` (a minute), ``small`` (three hours of one core, half of them training), ``paper`` (for a GPU)."""
     out: Path = Path("runs/table2")
     """The folder for results, one inside it for each corpus; a run that was stopped goes on there."""
     seed: int = 0
