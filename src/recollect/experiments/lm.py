@@ -207,8 +207,8 @@ def _evaluate(config: Evaluate) -> str:
     buckets = gain_by_frequency(tokens, vocabulary.counts, before, after, groups, buckets=most)
     lines += [
         "",
-        "What each occurrence of a word gains, from the most frequent words to the rarest: the fall of the perplexity in "
-        "percent, and the same in nats (95 %):",
+        "What each occurrence of a word gains, from the most frequent words to the rarest: the fall of the perplexity "
+        "in percent, and the same in nats (95 %):",
         "",
         "| bucket | different words | occurrences | rarest in training | percent | nats |",
         "|---|---|---|---|---|---|",

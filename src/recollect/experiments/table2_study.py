@@ -45,7 +45,7 @@ _PARTS = ("model", "cache", "cache in both", "mbpa", "mbpa in both")
 
 _CACHE = CacheGrid(sizes=(100, 200, 500, 1000, 2000, 5000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5))
 _MBPA = MbPAGrid(sizes=(500, 1000, 5000), neighbors=(8, 32, 128, 256), rates=(0.15, 0.5, 2.0, 8.0))
-_MORE_STEPS = MbPAGrid(sizes=(200, 500, 1000), neighbors=(16,), rates=(0.4,), steps=(5, 10))
+_MORE_STEPS = MbPAGrid(sizes=(1000,), neighbors=(16, 32), rates=(0.4,), steps=(5, 10, 20))
 # Of a vocabulary three times as large, on a text four times as long.
 _LARGE_MBPA = MbPAGrid(sizes=(1000, 5000), neighbors=(8, 32, 128, 256), rates=(0.15, 0.5, 1.0, 2.0, 4.0))
 _LARGE_MORE_STEPS = MbPAGrid(sizes=(1000, 2000, 5000), neighbors=(8,), rates=(0.4,), steps=(2, 5, 10))

@@ -5,6 +5,7 @@ vocabulary                 a text file becomes word numbers
 train                      truncated backpropagation through time, stopped and resumed at any moment
   recurrent, loss          the LSTM's recurrence and the softmax over a large vocabulary, with their gradients
 evaluate                   reads a text with any predictor: predict, score, then write
+  collected                what was found word by word
 dynamic                    dynamic evaluation: all weights follow the text
 reading, grid, window      every setting of cache and MbPA from one reading
 settings, choose           what is tried, and what is best

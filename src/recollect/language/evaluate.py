@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require, require_tensor, require_whole
+from recollect.language.collected import Collected
 from recollect.memory import EpisodicMemory, Memory, Static
 from recollect.predictors import Predictor
 
@@ -119,22 +120,20 @@ def evaluate(
         one.clear()  # its write times count from 0
     started = time.perf_counter()
     state: Any = None
-    losses: list[Tensor] = []
-    scored: list[Tensor] = []
+    found = Collected()
     done = 0
     for words, targets in blocks:
         with torch.no_grad():
             keys, state = hidden(words.unsqueeze(0), state)
         if keys.dim() != 3 or keys.shape[:2] != (1, len(words)):
             raise ShapeError(f"hidden must map words (1, {len(words)}) to (1, {len(words)}, d), got {keys.shape}.")
-        losses.append(_score(output, memories, keys[0].detach(), targets, done))
-        scored.append(targets)
+        found.add(_score(output, memories, keys[0].detach(), targets, done), targets)
         done += len(targets)
         after(targets)
         watch(len(targets))
-    if not losses:
+    if not done:
         raise too_short()
-    return Evaluation(torch.cat(losses), torch.cat(scored), time.perf_counter() - started)
+    return Evaluation(*found.joined(), time.perf_counter() - started)
 
 
 def pairs(

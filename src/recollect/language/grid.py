@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recollect.errors import DtypeError, NonFiniteError
+from recollect.language.collected import Collected
 from recollect.language.evaluate import BLOCK, too_short
 from recollect.language.reading import Reading, gathered
 from recollect.language.settings import CacheGrid, MbPAGrid
@@ -78,18 +79,18 @@ def score(
     mbpas = (mbpa,) if isinstance(mbpa, MbPAGrid) else tuple(mbpa)
     done = 0
     window: Window | None = None
-    parts: list[tuple[Tensor, ...]] = []
+    found = Collected()
     for reading in gathered(readings):
         if window is None:
             rows = max([0, *(size for grid in (*caches, *mbpas) for size in grid.sizes)]) + BLOCK
             window = Window(reading, rows, table_dtype, keep_table=len(mbpas) > 0)
         with torch.no_grad():
-            parts.append(_score(window, reading, done, caches, mbpas))
+            found.add(*_score(window, reading, done, caches, mbpas))
         done += len(reading.targets)
         watch(len(reading.targets))
-    if not parts:
+    if not done:
         raise too_short()
-    return Scores(*(torch.cat(some, -1) for some in zip(*parts, strict=True)))
+    return Scores(*found.joined())
 
 
 def _score(
