@@ -31,7 +31,7 @@ EXPERIMENTS = (
     Experiment("figure3-tuning", "the grid behind figure3's settings", "figure3_tuning", "Figure3Tuning"),
     Experiment("continual", "EWC, MAS, SI, LwF, GEM and replay beside MbPA, on five streams", "continual", "Continual"),
     Experiment("table2", "language models: cache, MbPA, dynamic evaluation on PTB and WikiText-2", "table2", "Table2"),
-    Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Table2"),
+    Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 
 _USAGE = """recollect: episodic memory for PyTorch networks
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
-        print("\nrecollect: stopped. Runs go on from here with the same command.", file=sys.stderr)
+        print("\nrecollect: stopped. The same command goes on from what was last saved.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away: `recollect list | head -1`
         sys.stderr.close()

@@ -124,12 +124,13 @@ def test_the_printed_numbers_are_those_of_the_library(
 ) -> None:
     out = tmp_path / "lm"
     assert train(files, out) == 0
-    files["test"].write_text(songs(300, start=4))  # several blocks, for an interval
+    files["test"].write_text(songs(1400, start=4))  # of ten thousand words, for intervals
     capsys.readouterr()
     assert evaluate(files["test"], out) == 0
     printed = capsys.readouterr().out
     vocabulary, tokens, alone, mixed = readings(out, files["test"])
-    groups = blocks(len(tokens), size=len(tokens) // 30)  # no fewer blocks, or the interval is too narrow
+    assert len(tokens) > 10_000
+    groups = blocks(len(tokens))
     change = interval(mixed.nats - alone.nats, groups)
     assert change.mean < -0.1
     model, mixture = rows(printed, "model", "+ cache + MbPA")
@@ -146,6 +147,56 @@ def test_the_printed_numbers_are_those_of_the_library(
         for number, bucket in enumerate(buckets, 1)
     ]
     assert sum(bucket.occurrences for bucket in buckets) == len(tokens)
+
+
+def test_a_short_text_has_no_intervals(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks that a few hundred words can be cut into are not independent of each other."""
+    out = tmp_path / "lm"
+    assert train(files, out) == 0
+    capsys.readouterr()
+    assert evaluate(files["test"], out) == 0
+    printed = capsys.readouterr().out
+    assert "; too short for intervals, which take 10,000" in printed.splitlines()[0]
+    assert "+-" not in printed
+    _, _, alone, mixed = readings(out, files["test"])
+    assert rows(printed, "+ cache + MbPA")[0][3] == f"{mixed.loss - alone.loss:+.3f}"
+
+
+def test_the_training_text_is_no_validation_text(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train({**files, "valid": files["text"]}, tmp_path / "lm") == 2
+    assert "text.txt has the words of the training text" in error(capsys)
+
+
+@pytest.mark.parametrize("part", ["text", "valid"])
+def test_other_texts_are_another_training(
+    part: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as the ones before, and yet others: what was found by the first would stay among the results."""
+    assert train(files, tmp_path / "lm") == 0
+    content = files[part].read_text()
+    files[part].write_text(content.replace("ann", "tmp").replace("bob", "ann").replace("tmp", "bob"))
+    assert train(files, tmp_path / "lm") == 2
+    assert "holds a run with other settings" in error(capsys)
+    moved = tmp_path / "moved.txt"
+    moved.write_text(content)
+    assert train({**files, part: moved}, tmp_path / "lm") == 0
+
+
+@pytest.mark.parametrize("name", ["model", "config.json", "table.md"])
+def test_files_of_others_are_not_written_over(
+    name: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "lm" / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert train(files, tmp_path / "lm") == 2
+    assert str(mine) in error(capsys)
+    assert mine.read_text() == "mine"
+    assert os.listdir(mine.parent) == [name]
 
 
 def test_settings_are_chosen_by_the_first_words_of_the_validation_text(

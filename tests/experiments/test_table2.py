@@ -279,7 +279,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
             patch.setattr(Study, method, stop)
             with pytest.raises(KeyboardInterrupt):
                 table2.run(Table2(out=tmp_path / "stopped"))
-    table = figure8.run(Table2(out=tmp_path / "stopped"))
+    table = figure8.run(figure8.Figure8(out=tmp_path / "stopped"))
     assert rows(tmp_path / "stopped") == rows(whole.out)
     assert "MbPA | LSTM + cache | 5 |" in table
     assert (tmp_path / "stopped/figure8.png").read_bytes().startswith(b"\x89PNG")

@@ -64,6 +64,18 @@ def test_the_choice_is_the_best_of_all_pairs() -> None:
     assert choice.loss == pytest.approx(float(-mixed.log().mean()), abs=1e-9)
 
 
+def test_the_best_pair_need_not_have_the_best_cache() -> None:
+    """A cache that knows what MbPA does not is better beside it than one that knows more of the same."""
+    scores = score(read(model(), text(50)), CacheGrid((10,), (0.0, 1.0)), MbPAGrid((10,), (2,), (0.1,)))
+    often, rarely = torch.tensor([0.9, 0.8, 0.7, 0.01, 0.01, 0.01]), torch.tensor([0.01, 0.01, 0.01, 0.9, 0.3, 0.01])
+    given = scores._replace(
+        model=torch.full((6,), 0.05).double(), cache=torch.stack([often, rarely]).double(), mbpa=often[None].double()
+    )
+    choice = choose(given, CacheGrid((10,), (0.0, 1.0)).points(), MbPAGrid((10,), (2,), (0.1,)).points())
+    assert choice.cache.flatness == 0.0
+    assert choice.both[0].flatness == 1.0
+
+
 def test_settings_that_were_not_scored_are_refused() -> None:
     scores = score(read(model(), text(50)), CACHES, MBPAS)
     with pytest.raises(ShapeError, match="6 caches were scored, got 5 settings"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.errors import DtypeError, LabelError, SettingError, ShapeError
+from recollect.errors import DtypeError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.language.report import articles, blocks, fit_weights, gain_by_frequency, interval, mix
 
 END, MARK = 0, 1
@@ -143,15 +143,29 @@ def test_words_of_a_group_are_one_observation() -> None:
 def test_intervals_of_little() -> None:
     assert interval(torch.ones(5), torch.zeros(5).long()) == (1.0, math.inf)
     for count in (0, 3):
-        with pytest.raises(ShapeError, match="needs a group"):
+        with pytest.raises(ShapeError, match="needs a number and a group"):
             interval(torch.ones(count), torch.zeros(0).long())
 
 
+@pytest.mark.usefixtures("untyped")
+def test_intervals_of_what_does_not_fit() -> None:
+    words, groups = torch.ones(3), torch.zeros(3).long()
+    with pytest.raises(ShapeError, match=r"got shapes \(3, 2\) and \(3, 2\)"):
+        interval(torch.ones(3, 2), torch.zeros(3, 2).long())
+    with pytest.raises(DtypeError, match="values must be a tensor, got list"):
+        interval([1.0, 2.0, 3.0], groups)
+    with pytest.raises(DtypeError, match=r"groups must be whole numbers.*float32"):
+        interval(words, torch.tensor([0.0, 0.5, 1.0]))
+    with pytest.raises(NonFiniteError, match="1 of the 3 values"):
+        interval(torch.tensor([1.0, math.nan, 2.0]), groups)
+
+
+@pytest.mark.usefixtures("untyped")
 def test_blocks() -> None:
     assert blocks(7, size=3).tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert blocks(0).tolist() == []
-    for count, size in ((-1, 3), (3, 0)):
-        with pytest.raises(SettingError, match="blocks of 1 or more"):
+    for count, size, message in ((-1, 3, "count must be"), (3, 0, "size must be"), (3, 2.5, "size must be a whole")):
+        with pytest.raises(SettingError, match=message):
             blocks(count, size)
 
 
@@ -164,7 +178,25 @@ def encoded(lines: list[str]) -> Tensor:
 @pytest.mark.parametrize("lead", [[], [""], ["words of before", ""]])
 def test_an_article_begins_with_its_title(lead: list[str]) -> None:
     first = ["= a title =", "", "some words = here", "= = a section = =", "= = = deeper = = =", "="]
-    second = ["", "= b =", "", "= no title", "no title =", "= =", "more", "= a formula =", "", "more", "= 2 =", "more"]
+    second = [
+        "",
+        "= b =",
+        "",
+        "= =",
+        "",
+        "= no title",
+        "no title =",
+        "",
+        "= = a section =",
+        "",
+        "= a section = =",
+        "",
+        "more",
+        "= a formula =",
+        "",
+        "= 2 =",
+        "more",
+    ]
     whole = encoded([*lead, *first, *second])
     lengths = [len(encoded(part)) for part in (lead, [*first, second[0]], second[1:]) if part]
     expected = [number for number, length in zip(range(int(not lead), 3), lengths, strict=True) for _ in range(length)]
@@ -180,7 +212,7 @@ def test_texts_without_a_title_are_one_group(tokens: list[int]) -> None:
 @pytest.mark.parametrize("buckets", [1, 3, 5])
 def test_gains_by_frequency(buckets: int) -> None:
     tokens = torch.randint(11, (80,), generator=torch.Generator().manual_seed(0)) + 2
-    counts = torch.tensor([99, 98, 5, 5, 70, 1, 0, 22, 3, 3, 3, 40, 8])
+    counts = torch.tensor([99, 98, 5, 5, 70, 1, 0, 22, 3, 3, 3, 40, 8])  # equally frequent words: the first first
     before, after, groups = drawn(80) * 5, drawn(80, seed=1) * 5, torch.arange(80) // 9
     words = sorted(set(tokens.tolist()), key=lambda word: (-int(counts[word]), word))
     found = gain_by_frequency(tokens, counts, before, after, groups, buckets=buckets)

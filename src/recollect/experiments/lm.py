@@ -4,6 +4,7 @@ Training ends with a choice: what settings of cache and MbPA suit the validation
 and evaluation reads any text with them.
 """
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from recollect.experiments.runner import Progress, Run
 from recollect.language import (
     CacheGrid,
     Evaluation,
+    Interval,
     LSTMModel,
     MbPAGrid,
     Schedule,
@@ -50,6 +52,7 @@ _MBPA = (
     MbPAGrid(sizes=(1000,), neighbors=(8,), rates=(0.2, 0.4), steps=(5, 10)),
 )
 _ELSEWHERE = {"text", "valid", "out", "device", "tune", "encoding"}
+_LONG = 10_000  # words: ten blocks, which are long enough to be nearly independent
 _BUCKETS = 5  # of words by their training frequency, as in Figure 8
 
 
@@ -91,7 +94,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Reads a text file with a model that learns from it word by word, and says what each way of learning is worth."""
+    """Reads a text file with a model that learns from it word by word, and says what cache and MbPA are worth."""
 
     text: Path
     """The text, or what can be read like a file (``/dev/stdin``)."""
@@ -136,7 +139,13 @@ def _train(config: Train) -> str:
     )
     # What determines the training: the texts' words, which its checkpoint knows, and not where they lie.
     settings = {name: value for name, value in asdict(config).items() if name not in _ELSEWHERE}
-    record = Run(config.out, {**settings, "words": len(train)})
+    if torch.equal(train, valid):
+        raise SettingError(
+            f"--valid {config.valid} has the words of the training text: everything would be chosen by what the model "
+            "knows by heart. Keep some of the text back, and pass it as --valid."
+        )
+    checkpoint.read(config.out / "model", run=_FORMAT)  # what is not ours is not written over
+    record = Run(config.out, {**settings, "training text": _digest(train), "validation text": _digest(valid)})
     text = Text(vocabulary, train, valid, valid)
     lm = trained(record, text, size, schedule, seed=config.seed, device=config.device)
     tokens = valid[: config.tune].to(config.device)
@@ -175,6 +184,10 @@ def _encode(vocabulary: Vocabulary, file: Path, encoding: str) -> Int[Tensor, " 
     return tokens
 
 
+def _digest(tokens: Int[Tensor, " n"]) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
 def _unknown(vocabulary: Vocabulary, tokens: Int[Tensor, " n"]) -> str:
     """Says how much of a text the model does not know: that is easy to predict, and tells nothing."""
     share = float((tokens == vocabulary.number(UNKNOWN)).double().mean())
@@ -192,15 +205,17 @@ def _evaluate(config: Evaluate) -> str:
             hidden, first, words = keys_of(lm, _KEY), vocabulary.end, tokens.to(device)
             found[name] = evaluate(hidden, output, written, words, first=first, watch=progress.advance)
     before, after = (result.nats.cpu() for result in found.values())
-    groups = blocks(len(tokens), size=max(1, min(1000, len(tokens) // 30)))
+    groups = blocks(len(tokens))
+    sure = len(tokens) >= _LONG
+    note = "" if sure else f"; too short for intervals, which take {_LONG:,}"
     lines = [
-        f"{len(tokens):,} words of {config.text}, {_unknown(vocabulary, tokens)}",
+        f"{len(tokens):,} words of {config.text}, {_unknown(vocabulary, tokens)}{note}",
         "",
         "| | perplexity | nats per word | change in nats (95 %) | words/s |",
         "|---|---|---|---|---|",
     ]
-    change = interval(after - before, groups)
-    for (name, result), text in zip(found.items(), ("", f"{change.mean:+.3f} +- {change.half_width:.3f}"), strict=True):
+    change = _change(interval(after - before, groups), sure)
+    for (name, result), text in zip(found.items(), ("", change), strict=True):
         numbers = f"{result.perplexity:.1f} | {result.loss:.3f} | {text} | {result.tokens_per_second:.0f}"
         lines.append(f"| {name} | {numbers} |")
     most = min(_BUCKETS, len(tokens.unique()))
@@ -215,10 +230,14 @@ def _evaluate(config: Evaluate) -> str:
     ]
     lines += (
         f"| {number} | {bucket.words} | {bucket.occurrences} | {bucket.rarest} | {bucket.percent:.1f} "
-        f"| {bucket.nats.mean:+.3f} +- {bucket.nats.half_width:.3f} |"
+        f"| {_change(bucket.nats, sure)} |"
         for number, bucket in enumerate(buckets, 1)
     )
     return "\n".join(lines) + "\n"
+
+
+def _change(found: Interval, sure: bool) -> str:
+    return f"{found.mean:+.3f}" + (f" +- {found.half_width:.3f}" if sure else "")
 
 
 def _load(folder: Path, device: torch.device) -> tuple[LSTMModel, Vocabulary, Choice]:

@@ -57,7 +57,10 @@ class Run:
         self.rows = read_rows(self._results)
         plain = json.loads(json.dumps(settings))
         config = folder / "config.json"
-        before = _read_config(config) if self.rows else {"settings": plain, "commands": []}
+        before = _read_config(config) if self.rows or config.exists() else {"settings": plain, "commands": []}
+        if not self.rows:
+            before["settings"] = plain  # nothing has been measured
+            _refuse_strange(config, folder / "table.md")
         other = sorted(k for k in plain.keys() | before["settings"].keys() if plain.get(k) != before["settings"].get(k))
         if other:
             what = ", ".join(f"{k}={before['settings'].get(k)} there, {plain.get(k)} asked" for k in other)
@@ -89,6 +92,11 @@ class Run:
     def write_table(self, text: str) -> None:
         """Writes table.md."""
         write_text(self.folder / "table.md", text)
+
+
+def _refuse_strange(config: Path, table: Path) -> None:
+    if table.exists() and not config.exists():
+        raise SettingError(f"{table} is there, but it is of no run. Choose another folder with --out.")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -79,7 +79,8 @@ LARGE = StudySettings(
     cache=CacheGrid(sizes=(500, 1000, 2000, 5000, 10_000), flatness=(0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)),
     mbpa=(_LARGE_MBPA, _LARGE_MORE_STEPS),
     **{"keys": ("input",), "valid": 20_000, "tune": 12_000, "dynamic_tune": 10_000, "statistics": 200},
-    **{"segment": 40, "rates": (1e-5, 2e-5, 4e-5), "decays": (1e-2, 2e-3)},
+    **{"segment": 40, "rates": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3e-4)},
+    decays=(1e-2, 2e-3),
 )
 """For WikiText-2."""
 

@@ -16,7 +16,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require, require_tensor, require_whole
+from recollect.errors import (
+    DtypeError,
+    LabelError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require,
+    require_tensor,
+    require_whole,
+)
 from recollect.language.collected import Collected
 from recollect.memory import EpisodicMemory, Memory, Static
 from recollect.predictors import Predictor
@@ -95,7 +104,9 @@ def evaluate(
     Raises:
         SettingError: If a memory is not empty (nothing of it is lost), named twice, read by ``output`` but not named,
             or named and read as ``Static``; ``block`` is no positive whole number, ``first`` no word's number, or a
-            distribution not normalized.
+            distribution not normalized; ``hidden`` is a model, or ``output`` a head, instead of what is to be made of
+            them.
+        NonFiniteError: If the predictor gives NaN.
         ShapeError: If no word can be scored, a part is not one row of words, or ``hidden`` does not return one vector
             for each word.
         DtypeError: If the words are no whole numbers.
@@ -114,6 +125,7 @@ def evaluate(
         True
     """
     blocks = pairs(tokens, block, first=first)
+    _require_parts(hidden, output)
     memories = _empty(memory)
     _require_named(output, memories)
     for one in memories:
@@ -221,6 +233,15 @@ def _empty(memory: Memory | Sequence[Memory] | None) -> tuple[Memory, ...]:
     return memories
 
 
+def _require_parts(hidden: object, output: object) -> None:
+    """Refuses the two usual slips: the model in place of its ``hidden``, and a head in place of a predictor."""
+    if isinstance(hidden, nn.Module) and callable(getattr(hidden, "hidden", None)):
+        raise SettingError("hidden must map words to hidden states, got a whole model. Pass its method: lm.hidden.")
+    if not hasattr(output, "likelihood"):
+        name = type(output).__name__
+        raise SettingError(f"output must be a predictor, got {name}. Wrap a head as Parametric(head).")
+
+
 def _require_named(output: Predictor, memories: tuple[Memory, ...]) -> None:
     """Refuses a predictor with a memory that nobody writes to: it would show a word its first entries, or none.
 
@@ -285,6 +306,10 @@ def _nats(chances: Tensor, targets: Tensor) -> Float[Tensor, " t"]:
         raise ShapeError(f"output must give log-probabilities ({len(targets)}, vocabulary), got {chances.shape}.")
     check_words(targets, chances.shape[1])
     total = chances.logsumexp(1)
+    if bool(total.isnan().any()):
+        raise NonFiniteError(
+            "output gave NaN for a word. Has the model diverged? Under dynamic evaluation, lower its rate or its decay."
+        )
     if not bool((total.abs() < _TOLERANCE).all()):
         worst = total[total.abs().argmax()]
         raise SettingError(

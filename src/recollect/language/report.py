@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recollect.errors import LabelError, SettingError, ShapeError, require_tensor
+from recollect.errors import (
+    DtypeError,
+    LabelError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require_tensor,
+    require_whole,
+)
 
 _GAP = 1e-7  # nats per word: how much better the best weights may be at most
 _ITERATIONS = 300  # of Newton's method, which takes about ten; far more where a part is at first all but ruled out
@@ -69,8 +77,9 @@ def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
             break
         bend = torch.stack([torch.stack([(one * other).mean(-1) for other in ratios]) for one in ratios])
         weights, loss = _towards(_goal(weights, pull, bend), wide, weights, loss, moving.double())
-    else:
-        warnings.warn(f"other weights may be better by {float(pull.amax().log()):.2g} nats.", stacklevel=2)
+    missing = float(pull.amax().log())
+    if missing > 10 * _GAP:  # a hair's breadth more is rounding
+        warnings.warn(f"other weights may be better by {missing:.2g} nats.", stacklevel=2)
     return Fitted(weights.to(torch.promote_types(chances[0].dtype, torch.float32)), loss)
 
 
@@ -148,13 +157,24 @@ def interval(values: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Interval
 
     Raises:
         ShapeError: If there are no words, or not one group for each.
+        DtypeError: If these are no tensors, or the groups no whole numbers.
+        NonFiniteError: If a value is NaN or infinite.
 
     Example:
         >>> interval(torch.tensor([1.0, 1.0, 3.0, 3.0]), torch.tensor([0, 0, 1, 1]))
         Interval(mean=2.0, half_width=1.96)
     """
-    if values.shape != groups.shape or len(values) == 0:
-        raise ShapeError(f"each of at least one word needs a group, got {len(values)} words, {len(groups)} groups.")
+    for name, part in (("values", values), ("groups", groups)):
+        require_tensor(name, part)
+    if values.dim() != 1 or values.shape != groups.shape or len(values) == 0:
+        raise ShapeError(
+            "each of at least one word needs a number and a group, got shapes "
+            f"{tuple(values.shape)} and {tuple(groups.shape)}."
+        )
+    if groups.is_floating_point():
+        raise DtypeError(f"groups must be whole numbers, one for each word, got {groups.dtype}.")
+    if not bool(values.isfinite().all()):
+        raise NonFiniteError(f"{int((~values.isfinite()).sum())} of the {len(values)} values are NaN or infinite.")
     names, place = groups.to(values.device).unique(return_inverse=True)
     values = values.double()
     mean = values.mean()
@@ -169,14 +189,14 @@ def blocks(count: int, size: int = 1000) -> Int[Tensor, " n"]:
     """Returns groups for ``interval``: the words of a text in blocks of ``size``.
 
     Raises:
-        SettingError: If a number is negative, or the size 0.
+        SettingError: If a number is negative or not whole, or the size 0.
 
     Example:
         >>> blocks(5, size=2)
         tensor([0, 0, 1, 1, 2])
     """
-    if count < 0 or size < 1:
-        raise SettingError(f"a text of 0 words or more is cut into blocks of 1 or more, got {count} and {size}.")
+    require_whole("count", count, low=0)
+    require_whole("size", size)
     return torch.arange(count) // size
 
 
@@ -265,6 +285,7 @@ def gain_by_frequency(
     if not tokens.shape == before.shape == after.shape == groups.shape:
         sizes = [tuple(part.shape) for part in (tokens, before, after, groups)]
         raise ShapeError(f"each word needs a loss before, one after, and a group, got shapes {sizes}.")
+    require_whole("buckets", buckets)
     size = len(counts)
     occurs = tokens.bincount(minlength=size)
     if len(occurs) > size:

@@ -35,6 +35,7 @@ UNKNOWN = "<unk>"
 END = "<eos>"
 
 _BYTE_ORDER_MARK = "\ufeff"
+_NUL = "\0"  # what UTF-16 without a mark is full of, read as something else
 _PIECE = 1 << 20  # bytes read at a time: their words, as strings, take some 15 MB
 
 
@@ -310,12 +311,19 @@ def _chunks(path: str | os.PathLike[str], encoding: str) -> Iterator[str]:
                         lines += decoder.decode(data[: max(start, 0)]).count("\n")
                         byte = error.object[error.start]
                         where = f" byte 0x{byte:02x} at offset {offset + start}, line {lines + 1}:"
+                    hint = "Convert it (iconv -f latin1 -t utf-8, say), or pass the encoding that it has."
+                    if offset == 0 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                        hint = "It begins as UTF-16 does: pass that encoding, utf-16."
                     raise FormatError(
-                        f"{path} is no text in {encoding}:{where} {getattr(error, 'reason', error)}. Convert it "
-                        "(iconv -f latin1 -t utf-8, say), or pass the encoding that it has."
+                        f"{path} is no text in {encoding}:{where} {getattr(error, 'reason', error)}. {hint}"
                     ) from error
                 offset += len(data)
                 lines += text.count("\n")
+                if _NUL in text:
+                    raise FormatError(
+                        f"{path} is no text in {encoding}: a zero character in line "
+                        f"{lines + 1 - text[text.index(_NUL) :].count(chr(10))}. If it is UTF-16, pass that encoding."
+                    )
                 chunk = text if begun else text.removeprefix(_BYTE_ORDER_MARK)
                 begun = begun or bool(text)
                 if chunk:

@@ -77,7 +77,7 @@ def score_cache(window: Window, reading: Reading, times: Int[Tensor, " t"], grid
     for size in grid.sizes:
         hidden = ~window.seen(times, size)
         inside = products.masked_fill(hidden, -torch.inf)
-        inside -= inside.amax(1, keepdim=True).clamp_(min=torch.finfo(inside.dtype).min)
+        inside -= inside.amax(1, keepdim=True)
         for flatness in grid.flatness:
             weights = (inside * flatness).exp_() if flatness else (~hidden).to(inside.dtype)
             share = (weights * right).sum(1) / weights.sum(1)
