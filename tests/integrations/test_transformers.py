@@ -316,6 +316,16 @@ def test_bad_settings_are_refused(untyped: None) -> None:
     assert CausalLM(bloom, context=16).context == 16
 
 
+def test_a_padded_head_has_no_words_of_its_own() -> None:
+    """Heads are padded to sizes that suit GPUs: what has no embedding is no word."""
+    net = model("llama")
+    net.lm_head = torch.nn.Linear(16, WORDS + 24, bias=False)
+    lm = CausalLM(net)
+    assert lm.hidden(torch.tensor([[WORDS - 1]]))[0].shape == (1, 1, 16)
+    with pytest.raises(LabelError, match=f"words are numbered from 0 to {WORDS - 1} in this model, got {WORDS}"):
+        lm.hidden(torch.tensor([[WORDS]]))
+
+
 def test_bad_words_are_refused(untyped: None) -> None:
     lm = CausalLM(model("gpt2"))
     for word in (WORDS, -1):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Mixture, Parametric, neural_cache, rules
-from recollect.errors import DtypeError, LabelError, SettingError, ShapeError
+from recollect.errors import DtypeError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.language.evaluate import Evaluation, evaluate, pairs
 from recollect.language.lstm import LSTMModel
 from recollect.likelihoods import Categorical, Likelihood
@@ -167,7 +167,7 @@ class Crooked:
         return model().decoder(keys).log_softmax(-1) + self._change
 
 
-@pytest.mark.parametrize("change", [0.002, -0.01, 5.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("change", [0.002, -0.01, 5.0, float("inf"), -float("inf")])
 def test_a_distribution_that_does_not_sum_to_one_is_refused(change: float) -> None:
     with pytest.raises(SettingError, match="must sum to one before it is scored"):
         evaluate(model().hidden, Crooked(change), None, text())
@@ -458,6 +458,23 @@ def test_keys_must_be_one_vector_for_each_word() -> None:
 
 
 # The result
+
+
+@pytest.mark.usefixtures("untyped")
+def test_the_usual_slips_are_named() -> None:
+    output = Parametric(model().decoder)
+    with pytest.raises(SettingError, match=r"got a whole model. Pass its method: lm.hidden"):
+        evaluate(model(), output, None, text())
+    with pytest.raises(SettingError, match=r"must be a predictor, got Sequential. Wrap a head as Parametric\(head\)"):
+        evaluate(model().hidden, model().decoder, None, text())
+
+
+def test_a_model_that_has_diverged_is_named() -> None:
+    output, words = Parametric(nn.Linear(8, WORDS).double()), text()
+    with torch.no_grad():
+        output.head.bias[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"NaN for a word. Has the model diverged"):
+        evaluate(model().hidden, output, None, words)
 
 
 def test_what_an_evaluation_says() -> None:
