@@ -145,7 +145,8 @@ def evaluate(
         watch(len(targets))
     if not done:
         raise too_short()
-    return Evaluation(*found.joined(), time.perf_counter() - started)
+    nats, scored = found.joined()
+    return Evaluation(nats, scored, time.perf_counter() - started)
 
 
 def pairs(
