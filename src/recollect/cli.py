@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
-        print("\nrecollect: stopped. The same command goes on from what was last saved.", file=sys.stderr)
+        print("\nrecollect: stopped. A run goes on from what it last saved with the same command.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away: `recollect list | head -1`
         sys.stderr.close()

@@ -186,7 +186,7 @@ def test_other_texts_are_another_training(
     assert train({**files, part: moved}, tmp_path / "lm") == 0
 
 
-@pytest.mark.parametrize("name", ["model", "config.json", "table.md"])
+@pytest.mark.parametrize("name", ["model", "config.json", "results.jsonl", "table.md"])
 def test_files_of_others_are_not_written_over(
     name: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,8 +49,17 @@ def test_a_foreign_config_is_refused(tmp_path: Path) -> None:
 
 def test_results_without_their_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(FormatError, match="missing"):
+    with pytest.raises(SettingError, match=r"results\.jsonl is there, but it is of no run"):
         Run(tmp_path, {})
+
+
+def test_settings_that_measured_nothing_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (1, 2):
+        monkeypatch.setattr("sys.argv", ["recollect", "reproduce", f"--seed={seed}"])
+        Run(tmp_path, {"seed": seed})
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["settings"] == {"seed": 2}
+    assert record["commands"] == ["recollect reproduce --seed=2"]
 
 
 def test_config_records_settings_and_versions(tmp_path: Path) -> None:

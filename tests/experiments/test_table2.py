@@ -16,7 +16,7 @@ from torch import Tensor
 from recollect import Parametric, checkpoint
 from recollect.data import Corpus, penn_treebank, wikitext_2
 from recollect.data.fetch import data_folder
-from recollect.errors import NonFiniteError
+from recollect.errors import NonFiniteError, SettingError
 from recollect.experiments import figure8, language_models, table2, table2_report
 from recollect.experiments.language_models import Size, Text
 from recollect.experiments.runner import Run, read_rows
@@ -279,10 +279,31 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
             patch.setattr(Study, method, stop)
             with pytest.raises(KeyboardInterrupt):
                 table2.run(Table2(out=tmp_path / "stopped"))
-    table = figure8.run(figure8.Figure8(out=tmp_path / "stopped"))
+    table2.run(Table2(out=tmp_path / "stopped"))
     assert rows(tmp_path / "stopped") == rows(whole.out)
+
+
+def test_figure8_needs_the_results_only(whole: Ran, tmp_path: Path) -> None:
+    """The readings and the model need not be there any more: a clone has none."""
+    (tmp_path / "out/ptb").mkdir(parents=True)
+    for name in ("config.json", "results.jsonl"):
+        shutil.copy(whole.out / "ptb" / name, tmp_path / "out/ptb" / name)
+    table = figure8.run(figure8.Figure8(out=tmp_path / "out"))
     assert "MbPA | LSTM + cache | 5 |" in table
-    assert (tmp_path / "stopped/figure8.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/figure8.png").read_bytes().startswith(b"\x89PNG")
+    assert rows(tmp_path / "out") == rows(whole.out)
+    with pytest.raises(SettingError, match="holds a run with other settings"):
+        figure8.run(figure8.Figure8(out=tmp_path / "out", seed=1))
+
+
+def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
+    for name in ("table.md", "figure8.png"):
+        mine = tmp_path / name / name
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        with pytest.raises(SettingError, match=f"{name} is there, but it is of no run"):
+            table2.run(Table2(out=mine.parent))
+        assert mine.read_text() == "mine"
 
 
 def test_step_sizes_that_diverge_are_not_chosen(tmp_path: Path) -> None:

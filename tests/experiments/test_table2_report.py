@@ -134,15 +134,36 @@ def test_the_figure_draws_what_each_bucket_gains(made_up: Path, monkeypatch: pyt
     for axes, corpus in zip(picture.axes, HEADINGS, strict=True):
         containers = [one for one in axes.containers if one.get_label() in {" added to ".join(n) for n in ADDED}]
         assert [one.get_label() for one in containers] == [" added to ".join(names) for names in ADDED]
+        drawn: set[tuple[float, Any]] = set()
         for bars, (before, after) in zip(containers, ADDED.values(), strict=True):
             found = pick(made_up, corpus, part="bucket", before=before, after=after)
             centers = [bar.get_x() + bar.get_width() / 2 for bar in bars]
             assert [round(center) for center in centers] == [1, 2, 3, 4, 5]
+            drawn |= {(round(center, 6), bars[0].get_facecolor()) for center in centers}
             assert [bar.get_height() for bar in bars] == pytest.approx([row["nats"] for row in found])
             _, _, (lines,) = bars.errorbar.lines
             ends = torch.tensor([line[:, 1].tolist() for line in lines.get_segments()])
             spans = [[row["nats"] + sign * row["half_width"] for sign in (-1, 1)] for row in found]
             torch.testing.assert_close(ends, torch.tensor(spans))
+        assert len({center for center, _ in drawn}) == len(ADDED) * BUCKETS, "bars hide each other"
+        assert len({color for _, color in drawn}) == len(ADDED)
+        assert [one.get_text() for one in axes.get_legend().get_texts()] == [
+            " added to ".join(names) for names in ADDED
+        ]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_has_not_been_read_is_not_shown(made_up: Path, kept: int) -> None:
+    """While dynamic evaluation's settings are still tried, and the first ones may all have diverged."""
+    file = made_up / "ptb/results.jsonl"
+    found = [row for row in read_rows(file) if row.get("reader") != "dynamic" and row["part"] != "dynamic"]
+    found += [{"part": "dynamic", "rate": 1e-4, "decay": 0.01, "loss": None}] * kept
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    table = table2_report.report(made_up)
+    own, other = (part for part in table.split("### ") if part)
+    assert "dynamic" not in own
+    assert [row[0] for row in cells(table, "ptb") if row[0] in SHOWN] == list(SHOWN)[:4]
+    assert "- dynamic evaluation: rate 0.0001, decay 0.01, of 2 settings" in other
 
 
 def test_the_pages_show_the_tables_of_the_recorded_run() -> None:

@@ -231,11 +231,21 @@ def test_gains_by_frequency(buckets: int) -> None:
     assert not words
 
 
+def test_weights_of_no_settings() -> None:
+    fit = fit_weights(torch.rand(5) + 0.1, torch.empty(0, 5))
+    assert fit.weights.shape == (2, 0)
+    assert fit.loss.shape == (0,)
+
+
 def test_a_bucket_of_one_word() -> None:
     (bucket,) = gain_by_frequency(
         *(torch.tensor([3]), torch.ones(5).long(), torch.ones(1), torch.zeros(1), torch.arange(1)), buckets=1
     )
     assert bucket.deviation == 0
+    worse = gain_by_frequency(
+        *(torch.tensor([3]), torch.ones(5).long(), torch.zeros(1), torch.full((1,), 800.0), torch.arange(1)), buckets=1
+    )
+    assert worse[0].percent == -math.inf  # as far as a float goes
     assert bucket.percent == pytest.approx(100 * (1 - math.exp(-1)))
 
 

@@ -263,7 +263,7 @@ def test_zeros_are_no_words(
 ) -> None:
     """UTF-16 without a mark, or any other binary file, would be words that a model learns by heart."""
     monkeypatch.setattr(module, "_PIECE", piece)
-    message = f"no text in utf-8: a zero character in line {line}. If it is UTF-16, pass that encoding."
+    message = f"no text in utf-8: a zero character in line {line}. Is it in another encoding, such as utf-16?"
     for use in (Vocabulary.build, of("<unk>", "<eos>").encode):
         with pytest.raises(FormatError, match=re.escape(message)):
             use(text(tmp_path, content))

@@ -237,7 +237,8 @@ def _evaluate(config: Evaluate) -> str:
 
 
 def _change(found: Interval, sure: bool) -> str:
-    return f"{found.mean:+.3f}" + (f" +- {found.half_width:.3f}" if sure else "")
+    known = sure and math.isfinite(found.half_width)
+    return f"{found.mean:+.3f}" + (f" +- {found.half_width:.3f}" if known else "")
 
 
 def _load(folder: Path, device: torch.device) -> tuple[LSTMModel, Vocabulary, Choice]:

@@ -54,13 +54,13 @@ class Run:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._results = folder / "results.jsonl"
+        refuse_strange(folder / "config.json", self._results, folder / "table.md")
         self.rows = read_rows(self._results)
         plain = json.loads(json.dumps(settings))
         config = folder / "config.json"
-        before = _read_config(config) if self.rows or config.exists() else {"settings": plain, "commands": []}
-        if not self.rows:
-            before["settings"] = plain  # nothing has been measured
-            _refuse_strange(config, folder / "table.md")
+        before = _read_config(config) if self.rows or config.exists() else {}
+        if not self.rows:  # nothing has been measured
+            before = {"settings": plain, "commands": []}
         other = sorted(k for k in plain.keys() | before["settings"].keys() if plain.get(k) != before["settings"].get(k))
         if other:
             what = ", ".join(f"{k}={before['settings'].get(k)} there, {plain.get(k)} asked" for k in other)
@@ -94,9 +94,15 @@ class Run:
         write_text(self.folder / "table.md", text)
 
 
-def _refuse_strange(config: Path, table: Path) -> None:
-    if table.exists() and not config.exists():
-        raise SettingError(f"{table} is there, but it is of no run. Choose another folder with --out.")
+def refuse_strange(config: Path, *files: Path) -> None:
+    """Refuses files that a run would write over although no run has made them.
+
+    Raises:
+        SettingError: If one of them is there without the record of a run.
+    """
+    for file in files:
+        if file.exists() and not config.exists():
+            raise SettingError(f"{file} is there, but it is of no run. Choose another folder with --out.")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

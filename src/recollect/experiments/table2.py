@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recollect.errors import require_choice
 from recollect.experiments.language_models import CORPORA, Size, read, trained
-from recollect.experiments.runner import Run
+from recollect.experiments.runner import Run, refuse_strange
 from recollect.experiments.table2_report import report
 from recollect.experiments.table2_study import LARGE, Study, StudySettings
 from recollect.language import CacheGrid, MbPAGrid, Schedule
@@ -71,6 +71,17 @@ class Table2:
     """Where to train and to read: ``cpu`` or ``cuda``."""
 
 
+def opened(config: Table2) -> Run:
+    """Returns the record of a run, new or old.
+
+    Raises:
+        SettingError: If it is of a run with other settings.
+    """
+    scale = dataclasses.asdict(SCALES[config.scale, config.corpus])
+    settings = {"corpus": config.corpus, "scale": config.scale, "seed": config.seed, **scale}
+    return Run(config.out / config.corpus, settings)
+
+
 def run(config: Table2) -> str:
     """Runs the experiment for one corpus and returns the table of all corpora in the folder.
 
@@ -80,10 +91,11 @@ def run(config: Table2) -> str:
     """
     require_choice("--scale", config.scale, ("smoke", "small", "paper"))
     require_choice("--corpus", config.corpus, tuple(CORPORA))
+    if not any((config.out / corpus / "config.json").exists() for corpus in CORPORA):
+        refuse_strange(config.out / "config.json", config.out / "table.md", config.out / "figure8.png")
     scale = SCALES[config.scale, config.corpus]
     text = read(config.corpus, most=scale.words)
-    settings = {"corpus": config.corpus, "scale": config.scale, "seed": config.seed, **dataclasses.asdict(scale)}
-    record = Run(config.out / config.corpus, settings)
+    record = opened(config)
     lm = trained(record, text, scale.size, scale.schedule, seed=config.seed, device=config.device)
     Study(record, text, lm, scale.study).run()
     return report(config.out)

@@ -104,7 +104,7 @@ def _choices(rows: list[dict[str, Any]]) -> list[str]:
         both = f"{_cache(row['both'][0])}, {_mbpa(row['both'][1])}: {row['loss'] - row['model']:+.3f} nats"
         lines.append(f"- key {row['key']}: {_cache(row['cache'])}; {_mbpa(row['mbpa'])}; together {both}")
     tried = [r for r in rows if r["part"] == "dynamic"]
-    if tried:
+    if any(_is(r, part="result", reader="dynamic") for r in rows):  # before that the search may not be over
         best = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])
         lines.append(f"- dynamic evaluation: rate {best['rate']:g}, decay {best['decay']:g}, of {len(tried)} settings")
     for reader in ("static", "dynamic"):

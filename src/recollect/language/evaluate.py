@@ -236,7 +236,7 @@ def _empty(memory: Memory | Sequence[Memory] | None) -> tuple[Memory, ...]:
 
 def _require_parts(hidden: object, output: object) -> None:
     """Refuses the two usual slips: the model in place of its ``hidden``, and a head in place of a predictor."""
-    if isinstance(hidden, nn.Module) and callable(getattr(hidden, "hidden", None)):
+    if all(hasattr(hidden, name) for name in ("hidden", "inputs", "output")):
         raise SettingError("hidden must map words to hidden states, got a whole model. Pass its method: lm.hidden.")
     if not hasattr(output, "likelihood"):
         name = type(output).__name__

@@ -1,6 +1,5 @@
 """What the cost of every word adds up to: weights of a mixture, confidence intervals, gains by frequency."""
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -35,10 +34,11 @@ class Fitted(NamedTuple):
 def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
     """Returns the weights of a mixture that make a text likeliest.
 
-    The loss is convex in the weights, so these are the best of all weights and not of a grid of them: no other weights
-    are better by more than 1e-7 nats, since ``loss - best <= log max_i mean(p_i / mixture)``. Expectation maximization,
-    which one would use for this, hardly moves where parts are nearly the same, as MbPA's and the model's are; this is
-    Newton's method on the simplex (Kim et al. 2020, mixsqp), which goes through all 2^p choices of parts.
+    The loss is convex in the weights, so these are the best of all weights and not of a grid of them: no other
+    weights are better by more than 1e-7 nats (a warning says where 1e-6 are not reached), since ``loss - best <= log
+    max_i mean(p_i / mixture)``. Expectation maximization, which one would use for this, hardly moves where parts are
+    nearly the same, as MbPA's and the model's are; this is Newton's method on the simplex (Kim et al. 2020, mixsqp),
+    which goes through all 2^p choices of parts.
 
     Args:
         parts: The probability that each part of the mixture gave to each word, for any settings ``*s`` of the parts
@@ -77,9 +77,10 @@ def fit_weights(*parts: Float[Tensor, "... n"]) -> Fitted:
             break
         bend = torch.stack([torch.stack([(one * other).mean(-1) for other in ratios]) for one in ratios])
         weights, loss = _towards(_goal(weights, pull, bend), wide, weights, loss, moving.double())
-    missing = float(pull.amax().log())
-    if missing > 10 * _GAP:  # a hair's breadth more is rounding
-        warnings.warn(f"other weights may be better by {missing:.2g} nats.", stacklevel=2)
+    else:
+        missing = float(pull.amax().log())
+        if not missing <= 10 * _GAP:  # a little more is rounding
+            warnings.warn(f"other weights may be better by {missing:.2g} nats.", stacklevel=2)
     return Fitted(weights.to(torch.promote_types(chances[0].dtype, torch.float32)), loss)
 
 
@@ -273,6 +274,7 @@ def gain_by_frequency(
         SettingError: If the text has fewer different words than there are buckets.
         ShapeError: If not every word has a loss before and after, and a group.
         LabelError: If a word has no count.
+        NonFiniteError: If a word gains what is no finite number.
 
     Example:
         >>> tokens, counts = torch.tensor([0, 0, 0, 1]), torch.tensor([900, 2])
@@ -307,5 +309,5 @@ def _bucket(words: Int[Tensor, " w"], tokens: Tensor, counts: Tensor, gains: Ten
         rarest=int(counts[words].min()),
         nats=nats,
         deviation=float(gains[inside].std()) if int(inside.sum()) > 1 else 0.0,
-        percent=-100 * math.expm1(-nats.mean),
+        percent=-100 * float(torch.expm1(torch.tensor(-nats.mean, dtype=torch.float64))),  # a float would overflow
     )

@@ -312,7 +312,8 @@ def _chunks(path: str | os.PathLike[str], encoding: str) -> Iterator[str]:
                         byte = error.object[error.start]
                         where = f" byte 0x{byte:02x} at offset {offset + start}, line {lines + 1}:"
                     hint = "Convert it (iconv -f latin1 -t utf-8, say), or pass the encoding that it has."
-                    if offset == 0 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    begins = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                    if offset == 0 and begins and not encoding.lower().startswith("utf-16"):
                         hint = "It begins as UTF-16 does: pass that encoding, utf-16."
                     raise FormatError(
                         f"{path} is no text in {encoding}:{where} {getattr(error, 'reason', error)}. {hint}"
@@ -320,9 +321,10 @@ def _chunks(path: str | os.PathLike[str], encoding: str) -> Iterator[str]:
                 offset += len(data)
                 lines += text.count("\n")
                 if _NUL in text:
+                    line = lines + 1 - text[text.index(_NUL) :].count("\n")
                     raise FormatError(
-                        f"{path} is no text in {encoding}: a zero character in line "
-                        f"{lines + 1 - text[text.index(_NUL) :].count(chr(10))}. If it is UTF-16, pass that encoding."
+                        f"{path} is no text in {encoding}: a zero character in line {line}. Is it in another encoding, "
+                        "such as utf-16?"
                     )
                 chunk = text if begun else text.removeprefix(_BYTE_ORDER_MARK)
                 begun = begun or bool(text)
