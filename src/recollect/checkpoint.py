@@ -60,11 +60,13 @@ def read(path: Path, *, run: Mapping[str, Any]) -> dict[str, Any] | None:
     whole = path.read_bytes() if path.is_file() else b""
     data, digest = whole[:-_DIGEST], whole[-_DIGEST:]
     if hashlib.sha256(data).digest() != digest:
-        raise FormatError(f"{path} is no checkpoint of recollect, or damaged. Name another, or move it away.")
+        raise FormatError(
+            f"{path} is no checkpoint of recollect, or damaged. Delete it to start anew, or name another."
+        )
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     if header.get("format") != _FORMAT:
-        raise FormatError(f"{path} is a checkpoint of another version. Name another, or move it away.")
+        raise FormatError(f"{path} is a checkpoint of another version. Delete it to start anew, or name another.")
     there, asked = json.loads(header["run"]), json.loads(wanted)
     if there != asked:
         none = object()
