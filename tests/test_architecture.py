@@ -17,7 +17,7 @@ FILES = {path.relative_to(SOURCE.parent): ast.parse(path.read_text()) for path i
 # From the foundation up: a room may import what lies below it, and its neighbors on the same floor.
 FLOORS = (
     {"errors"},
-    {"kernels", "likelihoods", "checkpoint"},
+    {"kernels", "likelihoods", "checkpoint", "heads"},
     {"memory"},
     {"adaptation"},
     {"mbpa", "predictors"},

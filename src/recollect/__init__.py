@@ -2,6 +2,7 @@
 
 from recollect import continual, language
 from recollect.adaptation import LocalAdaptation, rules
+from recollect.heads import grow
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import Explanation, MbPA
@@ -27,6 +28,7 @@ __all__ = [
     "continual",
     "dot_product",
     "gaussian",
+    "grow",
     "inverse_distance",
     "language",
     "load",

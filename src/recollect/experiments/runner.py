@@ -158,7 +158,7 @@ class Progress:
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(title, total=total)
         self._total = total
-        self._title = title
+        self.title = title
         self._done = 0.0
         self._skipped = 0.0
         self._start = self._last = time.monotonic()
@@ -180,12 +180,12 @@ class Progress:
 
     def advance(self, amount: int | float, title: str | None = None) -> None:
         """Counts work done."""
-        self._title = title or self._title
+        self.title = title or self.title
         self._done += amount
-        self._bar.update(self._task, completed=self._done, description=self._title)
+        self._bar.update(self._task, completed=self._done, description=self.title)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last > _SECONDS_BETWEEN_LINES:
             self._last = now
             speed = (self._done - self._skipped) / (now - self._start)
             left = (self._total - self._done) / speed if speed else 0.0
-            print(f"{self._title}: {self._done / self._total:.0%}, {left / 60:.1f} min left", file=sys.stderr)
+            print(f"{self.title}: {self._done / self._total:.0%}, {left / 60:.1f} min left", file=sys.stderr)

@@ -1,0 +1,257 @@
+"""Tiny-ImageNet: 200 classes of small photographs, decoded once into a cache of plain bytes."""
+
+import hashlib
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from recollect.data.fetch import cache_folder, data_folder, fetch
+from recollect.errors import FormatError, MissingDataError, MissingExtraError
+
+_NAME = "tiny-imagenet-200"
+_ARCHIVE = f"tiny-imagenet/{_NAME}.zip"
+_ANNOTATIONS = "val/val_annotations.txt"
+_CLASSES, _TRAIN, _TEST, _SIDE = 200, 500, 50, 64
+_BROKEN = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+
+
+class Images(NamedTuple):
+    """Photographs and their classes, row by row."""
+
+    pixels: UInt8[Tensor, "n h w 3"]
+    """Red, green, blue."""
+    labels: Int[Tensor, " n"]
+
+    def take(self, rows: Int[Tensor, " m"] | slice) -> "Images":
+        """Returns the images of these rows."""
+        return Images(self.pixels[rows], self.labels[rows])
+
+
+class ImageClasses(NamedTuple):
+    """A data set of images: what to learn from, what to be judged by, and what the labels mean."""
+
+    train: Images
+    test: Images
+    names: tuple[str, ...]
+    """A few words for each label."""
+
+
+class _Class(NamedTuple):
+    """The encoded files of one class."""
+
+    train: list[str]
+    test: list[str]
+
+
+def tiny_imagenet(*, watch: Callable[[float], None] = lambda part: None) -> ImageClasses:
+    """Returns Tiny-ImageNet: 500 images for training and 50 for the test of each of 200 classes, 64 x 64 pixels.
+
+    It is read from the folder, zip or tar.xz called ``tiny-imagenet/tiny-imagenet-200`` in the data folder, or
+    downloaded. The first call decodes all images (about a minute) into the cache folder, one file for each class; if it
+    is stopped, the next one goes on. Labels count the classes in the order of their WordNet numbers, and images stand
+    in the order of their file names, so all three sources give the same rows.
+
+    The test images are the official validation images: the labels of the official test images are not public.
+
+    Args:
+        watch: Is told of each part of the decoding that is done; the parts sum to one.
+
+    Raises:
+        MissingDataError: If it is neither at hand nor can be downloaded.
+        MissingExtraError: If Pillow (or pooch, for a download) is not installed.
+        FormatError: If an archive is cut short, a class or an image is missing, or an image cannot be decoded, by
+            the file's name; nothing is cached then.
+    """
+    source = _find()
+    cache = cache_folder() / "tiny-imagenet" / _fingerprint(source)
+    parts = decoded(source, cache, watch=watch)
+    if len(parts) != _CLASSES or {len(images) for part in parts.values() for images in part[:2]} != {_TRAIN, _TEST}:
+        sizes = sorted({(len(part[0]), len(part[1])) for part in parts.values()})
+        raise FormatError(
+            f"{source} should hold {_CLASSES} classes of {_TRAIN} + {_TEST} images, but holds {len(parts)} classes of "
+            f"{', '.join(f'{train} + {test}' for train, test in sizes)}. Fetch it again."
+        )
+    names = tuple(part[2] for part in parts.values())
+    return ImageClasses(*(_joined([part[i] for part in parts.values()]) for i in (0, 1)), names)
+
+
+def decoded(
+    source: Path, cache: Path, *, watch: Callable[[float], None] = lambda part: None
+) -> dict[str, tuple[UInt8[Tensor, "n h w 3"], UInt8[Tensor, "m h w 3"], str]]:
+    """Returns training images, test images and name of each class of a folder or archive laid out as Tiny-ImageNet.
+
+    Args:
+        source: The folder ``tiny-imagenet-200``, or a zip or tar.xz of it.
+        cache: The folder for the decoded classes.
+        watch: See ``tiny_imagenet``.
+
+    Raises:
+        MissingExtraError, FormatError: See ``tiny_imagenet``.
+    """
+    index = cache / "classes.txt"
+    try:
+        if not index.exists():
+            _decode(source, cache, watch)
+        lines = index.read_text(encoding="utf-8").splitlines()
+        return {wnid: (*_load(cache, wnid), name) for wnid, _, name in (line.partition("\t") for line in lines)}
+    except FormatError:
+        _empty(cache)
+        raise
+
+
+def _decode(source: Path, cache: Path, watch: Callable[[float], None]) -> None:
+    """Decodes class after class into the cache; the list of classes is written last, and says that all are there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    files = _read(source)
+    classes = _layout(source, files)
+    for wnid, images in classes.items():
+        if not (cache / f"{wnid}.safetensors").exists():
+            parts = {name: _pixels(source, files, paths) for name, paths in images._asdict().items()}
+            _write(cache / f"{wnid}.safetensors", save(parts))
+        watch(1 / len(classes))
+    words = (line.partition("\t") for line in files.get("words.txt", b"").decode("utf-8", "replace").splitlines())
+    names = {wnid: name for wnid, _, name in words}
+    _write(cache / "classes.txt", "".join(f"{wnid}\t{names.get(wnid, wnid)}\n" for wnid in classes).encode())
+
+
+def _find() -> Path:
+    folder = data_folder()
+    if folder is not None:
+        for name in (_NAME, f"{_NAME}.zip", f"{_NAME}.tar.xz"):
+            if (folder / "tiny-imagenet" / name).exists():
+                return folder / "tiny-imagenet" / name
+    return fetch(_ARCHIVE)
+
+
+def _fingerprint(source: Path) -> str:
+    """Returns what tells this source from another: an archive's SHA-256, or the names and sizes of a folder's files."""
+    if source.is_dir():
+        files = sorted(f"{path.relative_to(source).as_posix()} {path.stat().st_size}" for path in source.rglob("*.*"))
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _read(source: Path) -> dict[str, bytes]:
+    """Returns the content of all files by their path below ``tiny-imagenet-200``.
+
+    Raises:
+        FormatError: If an archive is damaged.
+    """
+    try:
+        if source.is_dir():
+            return {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+        members = _zip(source) if source.suffix == ".zip" else _tar(source)
+        return {"/".join(PurePosixPath(name).parts[1:]): content for name, content in members}
+    except _BROKEN as error:
+        raise FormatError(f"{source} is cut short or damaged ({error}). Fetch it again.") from error
+
+
+def _zip(source: Path) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield member.filename, archive.read(member)
+
+
+def _tar(source: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(source, "r|*") as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None:
+                yield member.name, file.read()
+
+
+def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
+    """Returns which files belong to each class, the classes by WordNet number.
+
+    Raises:
+        FormatError: If a list or a class is missing, or classes differ in their number of images.
+    """
+    for name in ("wnids.txt", _ANNOTATIONS):
+        if name not in files:
+            raise FormatError(f"{source} holds no {name}, so it is no Tiny-ImageNet, or a part of it. Fetch it again.")
+    wnids = sorted(set(files["wnids.txt"].decode("utf-8", "replace").split()))
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(files):
+        if path.startswith("train/") and path.endswith(".JPEG"):
+            folders[path.split("/")[1]].append(path)
+    test: dict[str, list[str]] = defaultdict(list)
+    for line in sorted(files[_ANNOTATIONS].decode("utf-8", "replace").splitlines()):
+        name, _, rest = line.partition("\t")
+        path = f"val/images/{name}"
+        if path not in files:
+            raise FormatError(f"{source} lacks {path}, which {_ANNOTATIONS} names. Fetch it again.")
+        test[rest.partition("\t")[0]].append(path)
+    for what, found in ((f"train/{{}}/images in {source}", folders), (f"{source}'s {_ANNOTATIONS}", test)):
+        most = max((len(paths) for paths in found.values()), default=0)
+        for wnid in wnids:
+            if len(found[wnid]) != most or most == 0:
+                raise FormatError(
+                    f"{what.format(wnid)} holds {len(found[wnid])} images of class {wnid}, of other classes {most}. "
+                    "Fetch it again."
+                )
+    return {wnid: _Class(folders[wnid], test[wnid]) for wnid in wnids}
+
+
+def _pixels(source: Path, files: Mapping[str, bytes], paths: list[str]) -> UInt8[Tensor, "n h w 3"]:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise MissingExtraError("decoding images needs Pillow: pip install 'recollect[experiments]'.") from error
+    pixels = torch.empty(len(paths), _SIDE, _SIDE, 3, dtype=torch.uint8)
+    for place, path in enumerate(paths):
+        try:
+            with Image.open(io.BytesIO(files[path])) as image:
+                content, size = image.convert("RGB").tobytes(), image.size
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise FormatError(f"{path} in {source} cannot be decoded ({error}). Fetch it again.") from error
+        if size != (_SIDE, _SIDE):
+            raise FormatError(f"{path} in {source} should have {_SIDE} x {_SIDE} pixels, but has {size[0]} x {size[1]}.")
+        pixels[place] = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(_SIDE, _SIDE, 3)
+    return pixels
+
+
+def _load(cache: Path, wnid: str) -> tuple[UInt8[Tensor, "n h w 3"], UInt8[Tensor, "m h w 3"]]:
+    file = cache / f"{wnid}.safetensors"
+    try:
+        parts = load_file(file)
+        return parts["train"], parts["test"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise FormatError(f"{file} in the cache is damaged ({error}). Start again: the images are decoded anew.") from error
+
+
+def _joined(parts: list[UInt8[Tensor, "n h w 3"]]) -> Images:
+    return Images(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(len(parts[0])))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _empty(cache: Path) -> None:
+    for path in cache.iterdir():
+        path.unlink()
+    cache.rmdir()
