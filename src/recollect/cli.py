@@ -31,6 +31,12 @@ EXPERIMENTS = (
     Experiment("figure3-tuning", "the grid behind figure3's settings", "figure3_tuning", "Figure3Tuning"),
     Experiment("continual", "EWC, MAS, SI, LwF, GEM and replay beside MbPA, on five streams", "continual", "Continual"),
     Experiment("table2", "language models: cache, MbPA, dynamic evaluation on PTB and WikiText-2", "table2", "Table2"),
+    Experiment("table1", "Tiny-ImageNet: new classes, by five models", "incremental.table1", "Table1"),
+    Experiment("figure4", "the curves behind table1", "incremental.table1", "Figure4"),
+    Experiment("figure5", "Tiny-ImageNet: new classes with a tenth of the images", "incremental.figure5", "Figure5"),
+    Experiment("figure6", "MbPA by the size of the memory and the learning rate", "incremental.figure6", "Figure6"),
+    Experiment("figure7", "MbPA by the number of neighbors", "incremental.figure7", "Figure7"),
+    Experiment("new-classes", "1 to 20 images of each new class", "incremental.new_classes", "NewClasses"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 

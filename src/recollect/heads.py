@@ -22,7 +22,7 @@ def grow(head: nn.Linear, classes: int) -> nn.Linear:
         an optimizer and an ``MbPA`` of the old head know nothing of it.
 
     Raises:
-        HeadError: If ``head`` is no linear layer.
+        HeadError: If ``head`` is no linear layer, or one whose weight is made from other parameters.
         SettingError: If it has more outputs already.
 
     Example:
@@ -31,7 +31,8 @@ def grow(head: nn.Linear, classes: int) -> nn.Linear:
         >>> grown, torch.equal(grown.weight[:10], head.weight)
         (Linear(in_features=64, out_features=12, bias=True), True)
     """
-    if not isinstance(head, nn.Linear):
+    plain = {"weight", "bias"}  # a layer of other parameters, such as one with weight norm, is no linear layer to copy
+    if not isinstance(head, nn.Linear) or not plain.issuperset(name for name, _ in head.named_parameters()):
         raise HeadError(
             f"grow adds outputs to a torch.nn.Linear, got {type(head).__name__}. Of a network, grow the last layer: "
             "net[-1] = grow(net[-1], classes)."

@@ -77,7 +77,7 @@ class ResNet(nn.Module):
             come from torch's global random state.
 
     Raises:
-        SettingError: If a number is below 1, or ``widths`` and ``blocks`` differ in length.
+        SettingError: If a number is below 1, or ``widths`` and ``blocks`` are empty or differ in length.
 
     Example:
         >>> net = ResNet(200, widths=(8, 16), blocks=(1, 1), generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if len(widths) != len(blocks) or min(classes, *widths, *blocks) < 1:
+        if not widths or len(widths) != len(blocks) or min(classes, *widths, *blocks) < 1:
             raise SettingError(
                 "a ResNet needs numbers above 0 and as many widths as blocks, got "
                 f"classes={classes}, widths={widths}, blocks={blocks}."

@@ -8,7 +8,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -25,7 +26,11 @@ _NAME = "tiny-imagenet-200"
 _ARCHIVE = f"tiny-imagenet/{_NAME}.zip"
 _ANNOTATIONS = "val/val_annotations.txt"
 _CLASSES, _TRAIN, _TEST, _SIDE = 200, 500, 50, 64
-_BROKEN = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+# RuntimeError and ValueError are what zipfile raises at flags, methods and names that make no sense.
+_BROKEN = (
+    *(EOFError, OSError, RuntimeError, ValueError),
+    *(lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+)
 
 
 class Images(NamedTuple):
@@ -70,7 +75,7 @@ def tiny_imagenet(*, watch: Callable[[float], None] = lambda part: None) -> Imag
         watch: Is told of each part of the decoding that is done; the parts sum to one.
 
     Raises:
-        MissingDataError: If it is neither at hand nor can be downloaded.
+        MissingDataError: If it is neither at hand nor can be downloaded, or cannot be read.
         MissingExtraError: If Pillow (or pooch, for a download) is not installed.
         FormatError: If an archive is cut short, a class or an image is missing, or an image cannot be decoded, by
             the file's name; nothing is cached then.
@@ -79,13 +84,14 @@ def tiny_imagenet(*, watch: Callable[[float], None] = lambda part: None) -> Imag
     cache = cache_folder() / "tiny-imagenet" / _fingerprint(source)
     parts = decoded(source, cache, watch=watch)
     if len(parts) != _CLASSES or {len(images) for part in parts.values() for images in part[:2]} != {_TRAIN, _TEST}:
+        _empty(cache)
         sizes = sorted({(len(part[0]), len(part[1])) for part in parts.values()})
         raise FormatError(
             f"{source} should hold {_CLASSES} classes of {_TRAIN} + {_TEST} images, but holds {len(parts)} classes of "
             f"{', '.join(f'{train} + {test}' for train, test in sizes)}. Fetch it again."
         )
-    names = tuple(part[2] for part in parts.values())
-    return ImageClasses(*(_joined([part[i] for part in parts.values()]) for i in (0, 1)), names)
+    train, test, names = zip(*parts.values(), strict=True)
+    return ImageClasses(_joined(train), _joined(test), names)
 
 
 def decoded(
@@ -99,13 +105,15 @@ def decoded(
         watch: See ``tiny_imagenet``.
 
     Raises:
-        MissingExtraError, FormatError: See ``tiny_imagenet``.
+        MissingDataError, MissingExtraError, FormatError: See ``tiny_imagenet``.
     """
     index = cache / "classes.txt"
     try:
         if not index.exists():
             _decode(source, cache, watch)
-        lines = index.read_text(encoding="utf-8").splitlines()
+        lines = index.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not lines:
+            raise FormatError(f"{index} in the cache is empty. Start again: the images are decoded anew.")
         return {wnid: (*_load(cache, wnid), name) for wnid, _, name in (line.partition("\t") for line in lines)}
     except FormatError:
         _empty(cache)
@@ -114,9 +122,9 @@ def decoded(
 
 def _decode(source: Path, cache: Path, watch: Callable[[float], None]) -> None:
     """Decodes class after class into the cache; the list of classes is written last, and says that all are there."""
-    cache.mkdir(parents=True, exist_ok=True)
     files = _read(source)
     classes = _layout(source, files)
+    cache.mkdir(parents=True, exist_ok=True)
     for wnid, images in classes.items():
         if not (cache / f"{wnid}.safetensors").exists():
             parts = {name: _pixels(source, files, paths) for name, paths in images._asdict().items()}
@@ -141,8 +149,11 @@ def _fingerprint(source: Path) -> str:
     if source.is_dir():
         files = sorted(f"{path.relative_to(source).as_posix()} {path.stat().st_size}" for path in source.rglob("*.*"))
         return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    try:
+        with source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise MissingDataError(f"{source} cannot be read: {error.strerror}.") from error
 
 
 def _read(source: Path) -> dict[str, bytes]:
@@ -150,12 +161,15 @@ def _read(source: Path) -> dict[str, bytes]:
 
     Raises:
         FormatError: If an archive is damaged.
+        MissingDataError: If a file cannot be read.
     """
     try:
         if source.is_dir():
             return {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
         members = _zip(source) if source.suffix == ".zip" else _tar(source)
         return {"/".join(PurePosixPath(name).parts[1:]): content for name, content in members}
+    except PermissionError as error:
+        raise MissingDataError(f"{error.filename or source} cannot be read: {error.strerror}.") from error
     except _BROKEN as error:
         raise FormatError(f"{source} is cut short or damaged ({error}). Fetch it again.") from error
 
@@ -168,11 +182,14 @@ def _zip(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _tar(source: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(source, "r|*") as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.isfile() else None
-            if file is not None:
-                yield member.name, file.read()
+    with lzma.open(source) as whole:
+        with tarfile.open(fileobj=whole, mode="r|") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield member.name, file.read()
+        while whole.read(1 << 20):  # only at its end is it known that nothing is missing; tarfile stops earlier
+            pass
 
 
 def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
@@ -185,6 +202,8 @@ def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
         if name not in files:
             raise FormatError(f"{source} holds no {name}, so it is no Tiny-ImageNet, or a part of it. Fetch it again.")
     wnids = sorted(set(files["wnids.txt"].decode("utf-8", "replace").split()))
+    if not wnids:
+        raise FormatError(f"wnids.txt in {source} names no class. Fetch it again.")
     folders: dict[str, list[str]] = defaultdict(list)
     for path in sorted(files):
         if path.startswith("train/") and path.endswith(".JPEG"):
@@ -217,10 +236,12 @@ def _pixels(source: Path, files: Mapping[str, bytes], paths: list[str]) -> UInt8
         try:
             with Image.open(io.BytesIO(files[path])) as image:
                 content, size = image.convert("RGB").tobytes(), image.size
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
             raise FormatError(f"{path} in {source} cannot be decoded ({error}). Fetch it again.") from error
         if size != (_SIDE, _SIDE):
-            raise FormatError(f"{path} in {source} should have {_SIDE} x {_SIDE} pixels, but has {size[0]} x {size[1]}.")
+            raise FormatError(
+                f"{path} in {source} should have {_SIDE} x {_SIDE} pixels, but has {size[0]} x {size[1]}."
+            )
         pixels[place] = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(_SIDE, _SIDE, 3)
     return pixels
 
@@ -230,12 +251,14 @@ def _load(cache: Path, wnid: str) -> tuple[UInt8[Tensor, "n h w 3"], UInt8[Tenso
     try:
         parts = load_file(file)
         return parts["train"], parts["test"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise FormatError(f"{file} in the cache is damaged ({error}). Start again: the images are decoded anew.") from error
+    except (SafetensorError, KeyError, FileNotFoundError) as error:
+        raise FormatError(
+            f"{file} in the cache is damaged ({error}). Start again: the images are decoded anew."
+        ) from error
 
 
-def _joined(parts: list[UInt8[Tensor, "n h w 3"]]) -> Images:
-    return Images(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(len(parts[0])))
+def _joined(parts: Sequence[UInt8[Tensor, "n h w 3"]]) -> Images:
+    return Images(torch.cat(list(parts)), torch.arange(len(parts)).repeat_interleave(len(parts[0])))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -252,6 +275,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _empty(cache: Path) -> None:
-    for path in cache.iterdir():
-        path.unlink()
-    cache.rmdir()
+    """Removes what was decoded, and nothing that somebody else may keep in the same folder."""
+    for pattern in ("classes.txt", "*.safetensors", ".*.safetensors.*", ".classes.txt.*"):
+        for path in cache.glob(pattern):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds other files, or another process has removed it
+        cache.rmdir()

@@ -25,6 +25,7 @@ class Curve(NamedTuple):
     error: Sequence[float]
     color: str
     style: str = "-"
+    width: float = 1.8
 
 
 def figure(width: float, height: float) -> "tuple[Figure, Axes]":
@@ -66,28 +67,42 @@ def save(picture: "Figure", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylabel: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylabel: str, log: bool) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for line in sorted(lines, key=lambda line: -line.mean[-1]):
         label = f"{line.label}  {line.mean[-1]:.1f}"
-        axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=1.8, label=label)
+        axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=line.width, label=label)
         low = [m - e for m, e in zip(line.mean, line.error, strict=True)]
         high = [m + e for m, e in zip(line.mean, line.error, strict=True)]
         axes.fill_between(line.x, low, high, color=line.color, alpha=0.15, linewidth=0)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
 
 
-def panels(parts: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, xlabel: str, ylabel: str) -> None:
-    """Draws lines in panels of their own, two beside each other, with a band of one standard error."""
+def panels(
+    parts: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, xlabel: str, ylabel: str, log: bool = False
+) -> None:
+    """Draws lines in panels of their own, two beside each other, with a band of one standard error.
+
+    Args:
+        parts: Each panel's title and lines.
+        path: The PNG.
+        xlabel: What the horizontal axes show; whole numbers, or on a logarithmic scale any.
+        ylabel: What the vertical axes show.
+        log: Whether the horizontal axes are logarithmic.
+    """
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     for (title, lines), panel in zip(parts, axes, strict=True):
         dress(panel)
-        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=ylabel)
+        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=ylabel, log=log)
     save(picture, path)
 
 

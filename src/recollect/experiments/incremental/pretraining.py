@@ -6,6 +6,7 @@ same ones and none is made twice.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,14 +236,12 @@ def _epoch(
         optimizer.step()
         schedule.step()
         last = loss.item()
-        if last != last:
+        if not math.isfinite(last):
             raise NonFiniteError(f"the training diverged at a step size of {recipe.rate}. Try a smaller one.")
         progress.advance(1, f"{progress.title.partition(',')[0]}, loss {last:.2f}")
 
 
-def _embed(
-    net: ResNet, images: Images, place: torch.device, progress: Progress, total: int
-) -> Float[Tensor, "n d"]:
+def _embed(net: ResNet, images: Images, place: torch.device, progress: Progress, total: int) -> Float[Tensor, "n d"]:
     parts = []
     with torch.inference_mode():
         for pixels in images.pixels.split(250):

@@ -1,0 +1,99 @@
+"""How much of Section 4.2 is run, and what is tried for each model."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from recollect.experiments.incremental.models import Adapted, FineTuning, Mixed, Setting, Vote
+from recollect.experiments.incremental.pretraining import Recipe
+
+MODELS = ("parametric", "non-parametric", "mixture", "mbpa-rmsprop", "mbpa-sgd")
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What is tried for each model: as many settings for one as for another."""
+
+    parametric: tuple[FineTuning, ...]
+    vote: tuple[Vote, ...]
+    mixture: tuple[Mixed, ...]
+    rmsprop: tuple[Adapted, ...]
+    sgd: tuple[Adapted, ...]
+
+    def of(self, model: str) -> tuple[Setting, ...]:
+        """Returns what is tried for one of ``MODELS``."""
+        return dict(zip(MODELS, vars(self).values(), strict=True))[model]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The settings of each model."""
+
+    parametric: FineTuning
+    vote: Vote
+    mixture: Mixed
+    rmsprop: Adapted
+    sgd: Adapted
+
+    def items(self) -> Iterable[tuple[str, Setting]]:
+        """Returns each model's name, one of ``MODELS``, and its setting."""
+        return zip(MODELS, vars(self).values(), strict=True)
+
+
+def grids(
+    rates: dict[str, tuple[float, ...]],
+    votes: tuple[tuple[int, ...], tuple[float | None, ...]],
+    mixtures: tuple[tuple[int, ...], tuple[float | None, ...], tuple[float, ...]],
+    rmsprop: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]],
+    sgd: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]],
+) -> Grids:
+    """Returns all combinations of the given numbers: neighbors, bandwidths, weights, rates and steps."""
+    return Grids(
+        tuple(FineTuning(name, rate) for name, found in rates.items() for rate in found),
+        tuple(Vote(*point) for point in itertools.product(*votes)),
+        tuple(Mixed(*point) for point in itertools.product(*mixtures)),
+        tuple(Adapted("rmsprop", *point) for point in itertools.product(*rmsprop)),
+        tuple(Adapted("sgd", *point) for point in itertools.product(*sgd)),
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a scale stands for."""
+
+    recipe: Recipe
+    grids: Grids
+    splits: int = 5
+    """The first is for the choice of settings; results are means over the others."""
+    marks: tuple[float, ...] = (0.1, 1.0, 3.0)
+    """Epochs at which Table 1 reads the curves, and settings are chosen."""
+    points: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    """Epochs of the curves, the marks among them."""
+    long_points: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 7.0, 12.0, 20.0)
+    """Epochs of Figure 5."""
+    sweep: tuple[float, ...] = (0.02, 0.1, 0.35, 1.0, 3.0)
+    """Epochs of Figures 6 and 7."""
+    every: int = 5
+    """One of so many images counts between the marks, and where settings are chosen."""
+    capacities: tuple[int, ...] = (1000, 3000, 10_000, 30_000, 90_000)
+    """Figure 6, left."""
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    """Figure 6, right: in units of the parametric model's learning rate."""
+    neighbors: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    """Figure 7."""
+
+
+_NONE: tuple[float | None, ...] = (None,)
+_SMOKE = Scale(
+    Recipe(widths=(8, 16), blocks=(1, 1), epochs=1, batch=64, examples=20),
+    grids(
+        {"sgd": (0.03, 0.1)},
+        ((5, 20), _NONE),
+        ((20,), _NONE, (0.3, 0.7)),
+        ((10,), (1e-3, 3e-3), (3,)),
+        ((10,), (0.1, 0.3), (3,)),
+    ),
+    splits=3,
+    points=(0.0, 0.1, 0.5, 1.0, 3.0),
+)
+SCALES = {"smoke": _SMOKE}

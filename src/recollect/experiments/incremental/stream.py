@@ -1,0 +1,69 @@
+"""A stream of images of all classes: the last layer is fine-tuned on it, and each batch is written to the memory."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from recollect import EpisodicMemory
+from recollect.errors import SettingError
+from recollect.experiments.incremental.models import FineTuning
+
+
+class Stream:
+    """The head and the memory while images of all classes come by, in a new order in every epoch.
+
+    Args:
+        keys: The features of the images of the stream, ``(n, d)``.
+        labels: Their classes.
+        head: The last layer, which is trained.
+        tuning: How.
+        capacity: Of the memory; as many entries as there are images when None.
+        batch: Images for each step; after it they are written to the memory.
+        seed: Determines the orders.
+    """
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "n d"],
+        labels: Int[Tensor, " n"],
+        head: nn.Linear,
+        tuning: FineTuning,
+        *,
+        capacity: int | None = None,
+        batch: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.head = head
+        self.memory = EpisodicMemory(capacity or len(labels), keys.shape[1])
+        self._keys = keys
+        self._labels = labels
+        self._optimizer = tuning.optimize(head)
+        self._batch = batch
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[Tensor] = []  # batches of this epoch
+        self._steps = 0
+
+    def advance(self, epochs: float) -> None:
+        """Goes on until so many epochs have gone by since the beginning, to the nearest whole step.
+
+        Raises:
+            SettingError: If that lies behind.
+        """
+        steps = round(epochs * len(self._labels) / self._batch)
+        if steps < self._steps:
+            raise SettingError(f"{epochs} epochs of this stream are over; it cannot go back.")
+        while self._steps < steps:
+            if not self._left:
+                order = torch.randperm(len(self._labels), generator=self._generator)
+                self._left = list(order.split(self._batch))[::-1]
+            self._step(self._left.pop())
+            self._steps += 1
+
+    def _step(self, rows: Int[Tensor, " b"]) -> None:
+        keys, labels = self._keys[rows], self._labels[rows]
+        loss = cross_entropy(self.head(keys), labels)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self.memory.write(keys, labels)
