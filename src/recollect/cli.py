@@ -1,4 +1,4 @@
-"""The command line: ``recollect demo | reproduce | lm | list | show``.
+"""The command line: ``recollect demo | explain | reproduce | lm | list | show``.
 
 An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
 """
@@ -43,6 +43,7 @@ EXPERIMENTS = (
 _USAGE = """recollect: episodic memory for PyTorch networks
 
   recollect demo                  a network that does not forget, on real digits, in under a minute
+  recollect explain               one prediction: a picture, its neighbors, and what each of them added
   recollect reproduce NAME        a table or figure of the paper; --help after the name lists its settings
   recollect list                  the names
   recollect lm train|evaluate     a language model of your own text files; --help lists the settings
@@ -85,6 +86,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(__version__)
     elif command == "demo":
         _run("demo", "Demo", rest, "recollect demo")
+    elif command == "explain":
+        _run("incremental.explain", "Explain", rest, "recollect explain")
     elif command == "list":
         _refuse_more(rest)
         for experiment in EXPERIMENTS:
@@ -96,7 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "lm":
         _language_model(rest)
     else:
-        raise SettingError(f"there is no command {command!r}. There are: demo, reproduce, lm, list, show.")
+        raise SettingError(f"there is no command {command!r}. There are: demo, explain, reproduce, lm, list, show.")
     return 0
 
 

@@ -40,9 +40,9 @@ def grow(head: nn.Linear, classes: int) -> nn.Linear:
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < head.out_features:
         raise SettingError(f"classes must be a whole number of at least {head.out_features}, got {classes!r}.")
     with torch.no_grad():
-        place = {"device": head.weight.device, "dtype": head.weight.dtype}
-        # Not nn.Linear(...): it would draw weights, and move the global random state.
-        grown = nn.utils.skip_init(nn.Linear, head.in_features, classes, bias=head.bias is not None, **place)
+        # Made without memory at first: it would draw weights, and move the global random state.
+        empty = nn.Linear(head.in_features, classes, bias=head.bias is not None, device="meta", dtype=head.weight.dtype)
+        grown = empty.to_empty(device=head.weight.device)
         for name, old in head.named_parameters():
             new = grown.get_parameter(name)
             new[: len(old)] = old

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.data import data_folder, fetch
+from recollect.data import cache_folder, data_folder, fetch
 from recollect.errors import MissingDataError, MissingExtraError
 
 fetch_module = importlib.import_module("recollect.data.fetch")  # the package has the function under this name
@@ -234,3 +234,40 @@ def test_without_pooch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(MissingExtraError, match=r"recollect\[experiments\]"):
         fetch(NAME)
+
+
+def test_the_cache_folder_is_the_one_that_was_named(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_folder() == cache
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RECOLLECT_CACHE", "~/a folder")
+    assert cache_folder() == tmp_path / "a folder"
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    assert cache_folder() == tmp_path / "a folder", "a named folder needs no pooch"
+    assert not cache.exists(), "asking makes no folder"
+    assert not (tmp_path / "a folder").exists(), "asking makes no folder"
+
+
+@pytest.mark.parametrize("named", [None, ""])
+def test_the_cache_folder_of_the_platform(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    import pooch
+
+    if named is None:
+        monkeypatch.delenv("RECOLLECT_CACHE")
+    else:
+        monkeypatch.setenv("RECOLLECT_CACHE", named)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == Path(pooch.os_cache("recollect"))
+    if sys.platform == "linux":
+        assert cache_folder() == tmp_path / ".cache" / "recollect"
+
+
+def test_the_cache_folder_of_the_platform_needs_pooch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RECOLLECT_CACHE")
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(MissingExtraError, match=r"recollect\[experiments\].*RECOLLECT_CACHE"):
+        cache_folder()

@@ -34,13 +34,18 @@ def figure(width: float, height: float) -> "tuple[Figure, Axes]":
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    picture = _empty(width, height)
+    picture = empty(width, height)
     axes = picture.add_subplot()
     dress(axes)
     return picture, axes
 
 
-def _empty(width: float, height: float) -> "Figure":
+def empty(width: float, height: float) -> "Figure":
+    """Returns an empty figure of this size (inches).
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -130,5 +135,5 @@ def grid(count: int, *, columns: int, width: float, height: float) -> "tuple[Fig
     """Returns a figure with this many panels of a size (inches), in rows of at most ``columns``."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    picture = _empty(width * columns, height * rows)
+    picture = empty(width * columns, height * rows)
     return picture, [picture.add_subplot(rows, columns, number + 1) for number in range(count)]

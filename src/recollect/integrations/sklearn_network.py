@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from recollect import snapshot
 from recollect.adaptation import rules
@@ -179,18 +180,21 @@ def train(
     with torch.no_grad():
         for buffer, value in zip((network.mean, network.scale), mean_and_scale(inputs), strict=True):
             buffer.copy_(value)
-    # Our own Adam: the first step of any optimizer of torch.optim takes seconds, to import a compiler.
-    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    state, steps, step = rules.adam(rate).init(parameters), epochs * -(-len(inputs) // size), 0
+    # Our own Adam, on all parameters as one vector: torch.optim's first step takes seconds, to import a compiler.
+    parameters = list(network.parameters())
+    weights = parameters_to_vector(parameters).detach()
+    vector_to_parameters(weights, parameters)  # from now on they are views of it
+    state, steps, step = rules.adam(rate).init({"all": weights}), epochs * -(-len(inputs) // size), 0
     for _ in range(epochs):
         for rows in torch.randperm(len(inputs), generator=generator).split(size):
             value = loss(network(inputs[rows]), targets[rows])
-            gradients = dict(zip(parameters, torch.autograd.grad(value, list(network.parameters())), strict=True))
+            gradient = parameters_to_vector(torch.autograd.grad(value, parameters))
             now = rate * (1 - step / steps)
-            delta, state = rules.adam(now).update(gradients, state, parameters, value.detach())
-            for name, parameter in parameters.items():
-                parameter.mul_(1 - now * settings.weight_decay).add_(delta[name])
+            delta, state = rules.adam(now).update({"all": gradient}, state, {"all": weights}, value.detach())
+            weights.mul_(1 - now * settings.weight_decay).add_(delta["all"])
             step += 1
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()  # each by itself again
 
 
 def new_memory(capacity: int, key_size: int, *, values: Shaped[Tensor, "n *v"]) -> EpisodicMemory:

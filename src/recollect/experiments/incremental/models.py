@@ -79,7 +79,7 @@ class Adapted:
     steps: int
     bandwidth: float | None = None
 
-    def predictor(self, head: nn.Linear, memory: EpisodicMemory) -> Predictor:
+    def predictor(self, head: nn.Linear, memory: EpisodicMemory) -> MbPA:
         """Returns MbPA around the head."""
         rule = rules.rmsprop(self.rate) if self.rule == "rmsprop" else rules.sgd(self.rate)
         adaptation = LocalAdaptation(rule, steps=self.steps)

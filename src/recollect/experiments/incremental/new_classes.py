@@ -12,86 +12,24 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
 
-from recollect import EpisodicMemory, Parametric, grow
+from recollect import EpisodicMemory, grow
 from recollect.data import Dataset
 from recollect.experiments.incremental.measures import measure, milliseconds, predict
 from recollect.experiments.incremental.models import Adapted, Vote
 from recollect.experiments.incremental.report import report
+from recollect.experiments.incremental.shots import Learner, Shots
 from recollect.experiments.incremental.study import TUNING, Halves, Incremental, Study
 from recollect.experiments.runner import Progress
-from recollect.likelihoods import Categorical
-from recollect.predictors import Before, Predictor
 
-SHOTS = (1, 2, 5, 10, 20)
-_KEPT = 20  # images of each old class in the memory
 _QUERIES = 500  # of a batch whose time is taken
 
 
 @dataclass(frozen=True)
 class NewClasses(Incremental):
     """New classes from 1, 2, 5, 10 and 20 images: MbPA, fine-tuning, nearest class mean, k-NN vote; and the time."""
-
-
-@dataclass(frozen=True)
-class Retrained:
-    """The last layer, trained on all that the memory holds by Adam."""
-
-    rate: float
-    epochs: int
-
-    def predictor(self, head: nn.Linear, held: Dataset) -> Predictor:
-        """Returns a copy of the head after training."""
-        copy = grow(head, head.out_features)
-        optimizer = torch.optim.Adam(copy.parameters(), lr=self.rate)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(self.epochs):
-            for batch in held.batches(128, generator=generator):
-                optimizer.zero_grad()
-                cross_entropy(copy(batch.inputs), batch.labels).backward()
-                optimizer.step()
-        return Parametric(copy)
-
-
-@dataclass(frozen=True)
-class NearestMean:
-    """The class whose mean key is nearest, by distance or by angle."""
-
-    angle: bool
-
-    def predictor(self, head: nn.Linear, held: Dataset) -> Predictor:
-        """Returns the rule with the means of what the memory holds."""
-        keys = normalize(held.inputs) if self.angle else held.inputs
-        sums = keys.new_zeros(head.out_features, keys.shape[1]).index_add_(0, held.labels, keys)
-        counts = held.labels.bincount(minlength=head.out_features).unsqueeze(1)
-        return _Means(sums / counts, angle=self.angle)
-
-
-class _Means(nn.Module):
-    """Predicts by the squared distance to the means of the classes that have one."""
-
-    def __init__(self, means: Float[Tensor, "c d"], *, angle: bool) -> None:
-        super().__init__()
-        self.likelihood = Categorical()
-        self._means = normalize(means) if angle else means
-        self._angle = angle
-
-    def forward(self, keys: Float[Tensor, "b d"], *, before: Before = None) -> Float[Tensor, "b c"]:
-        """Returns log-probabilities; those of classes without a mean are -inf."""
-        distances = torch.cdist(normalize(keys) if self._angle else keys, self._means).square()
-        return (-distances).nan_to_num(nan=-torch.inf).log_softmax(1)
-
-
-Setting = Adapted | Vote | NearestMean | Retrained
-GRIDS: dict[str, tuple[Setting, ...]] = {
-    "mbpa-sgd": tuple(Adapted("sgd", *p) for p in itertools.product((20, 100), (0.1, 0.3, 1.0), (5, 20))),
-    "fine-tuning": tuple(Retrained(*p) for p in itertools.product((3e-4, 1e-3, 3e-3, 1e-2), (3, 10, 30))),
-    "nearest-mean": (NearestMean(angle=False), NearestMean(angle=True)),
-    "vote": tuple(Vote(*p) for p in itertools.product((1, 3, 5, 10, 20, 50), (None, 1.0))),
-}
 
 
 class Task(NamedTuple):
@@ -116,8 +54,9 @@ def run(config: NewClasses) -> str:
     """
     study = Study(config)
     _tune(study)
-    choices = {name: grid[_best(study, name)] for name, grid in GRIDS.items()}
-    with Progress(len(study.splits) * len(SHOTS) * len(GRIDS), "images of each new class") as progress:
+    shots = study.scale.shots
+    choices = {name: grid[_best(study, name)] for name, grid in shots.grids.items()}
+    with Progress(len(study.splits) * len(shots.images) * len(choices), "images of each new class") as progress:
         for number in study.splits:
             lines = [({"part": "shots", "split": number, "model": m}, setting) for m, setting in choices.items()]
             _measure(study, number, lines, progress)
@@ -127,32 +66,35 @@ def run(config: NewClasses) -> str:
 def _tune(study: Study) -> None:
     lines = [
         ({"part": "shots-tuning", "model": name, "place": place}, setting)
-        for name, grid in GRIDS.items()
+        for name, grid in study.scale.shots.grids.items()
         for place, setting in enumerate(grid)
     ]
-    with Progress(len(lines) * len(SHOTS), "choosing settings for new classes") as progress:
+    with Progress(len(lines) * len(study.scale.shots.images), "choosing settings for new classes") as progress:
         _measure(study, TUNING, lines, progress)
 
 
 def _best(study: Study, model: str) -> int:
-    sums = [0.0] * len(GRIDS[model])
+    sums = [0.0] * len(study.scale.shots.grids[model])
     for row in study.record.rows:
         if row["part"] == "shots-tuning" and row["model"] == model:
             sums[row["place"]] += row["all"]
     return sums.index(max(sums))
 
 
-def _measure(study: Study, number: int, lines: Sequence[tuple[dict[str, Any], Setting]], progress: Progress) -> None:
+def _measure(study: Study, number: int, lines: Sequence[tuple[dict[str, Any], Learner]], progress: Progress) -> None:
     """Adds a row for each line and number of images, where the record has none."""
     task = None
-    for shots, (key, setting) in itertools.product(SHOTS, lines):
+    for shots, (key, setting) in itertools.product(study.scale.shots.images, lines):
         if study.record.find(**key, shots=shots) is None:
-            task = task or teach(study.halves(number), valid=number == TUNING, every=study.scale.every)
+            if task is None:
+                halves = study.halves(number)
+                test = halves.valid.take(slice(None, None, study.scale.every)) if number == TUNING else halves.test
+                task = teach(halves, test, study.scale.shots)
             study.record.add(**key, shots=shots, setting=asdict(setting), **_worth(task, setting, shots))
         progress.advance(1)
 
 
-def _worth(task: Task, setting: Setting, shots: int) -> dict[str, float]:
+def _worth(task: Task, setting: Learner, shots: int) -> dict[str, float]:
     """Returns accuracies in percent, the seconds until the new images count, and the milliseconds of a prediction."""
     taught = task.taught.take(slice(shots * len(task.taught.labels.unique())))
     memory = EpisodicMemory(len(task.held.labels) + len(taught.labels), taught.inputs.shape[1])
@@ -175,7 +117,7 @@ def _worth(task: Task, setting: Setting, shots: int) -> dict[str, float]:
     return {**found, "seconds": round(seconds, 5), "milliseconds": round(time_each, 5)}
 
 
-def teach(halves: Halves, *, valid: bool, every: int) -> Task:
+def teach(halves: Halves, test: Dataset, shots: Shots) -> Task:
     """Returns a split as a deployed network meets it: a head of the old classes alone, which has grown."""
     order = torch.cat([(~halves.new).nonzero().squeeze(1), halves.new.nonzero().squeeze(1)])
     label = order.argsort()
@@ -185,10 +127,9 @@ def teach(halves: Halves, *, valid: bool, every: int) -> Task:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(trained.get_parameter(name)[order[:count]])
-    first = first_images(halves.train.labels, max(_KEPT, *SHOTS))  # (c, images)
-    held = first[order[:count], :_KEPT].flatten()
+    first = first_images(halves.train.labels, max(shots.kept, *shots.images))
+    held = first[order[:count], : shots.kept].flatten()
     taught = first[order[count:]].T.flatten()
-    test = halves.valid.take(slice(None, None, every)) if valid else halves.test
     parts = [
         Dataset(data.inputs[rows], label[data.labels[rows]])
         for data, rows in ((halves.train, held), (halves.train, taught), (test, torch.arange(len(test.labels))))

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from recollect import checkpoint
 from recollect.data import ImageClasses, Images, cache_folder
-from recollect.errors import NonFiniteError, require_device
+from recollect.errors import NonFiniteError, SettingError, require_device
 from recollect.experiments.runner import Progress
 from recollect.memory.scan import multiplies_bfloat16
 from recollect.models import ResNet
@@ -139,6 +139,7 @@ def features(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cp
     Raises:
         DeviceError: If there is no such device.
         NonFiniteError: If the training diverges.
+        SettingError: If there are fewer images of old classes than a batch has.
         FormatError: If a file in the cache is damaged.
     """
     place = require_device(device)
@@ -172,6 +173,11 @@ def trained(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cpu
     ).to(place, memory_format=torch.channels_last)
     parts = split(data.train.labels, len(data.names), seed=seed)
     old = data.train.take(parts.train[~parts.new[data.train.labels[parts.train]]])
+    if len(old.labels) < recipe.batch or recipe.shift >= min(old.pixels.shape[1:3]):
+        raise SettingError(
+            f"{len(old.labels)} images of {tuple(old.pixels.shape[1:3])} pixels are too few or small for a batch of "
+            f"{recipe.batch} and a shift of {recipe.shift}. Choose smaller ones."
+        )
     steps = len(old.labels) // recipe.batch * recipe.epochs
     optimizer, schedule = _optimizer(net, recipe, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -188,6 +194,8 @@ def trained(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cpu
         progress.skip(done * (steps // recipe.epochs))
         for epoch in range(done, recipe.epochs):
             _epoch(net, old, recipe, optimizer, schedule, generator, progress)
+            if not all(bool(tensor.isfinite().all()) for tensor in net.state_dict().values()):
+                raise _diverged(recipe)
             state: dict[str, Any] = {"network": net.state_dict(), "epochs": epoch + 1}
             if epoch + 1 < recipe.epochs:
                 state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
@@ -199,6 +207,10 @@ def trained(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cpu
 def _file(kind: str, run: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "incremental" / f"{kind}-{name}.checkpoint"
+
+
+def _diverged(recipe: Recipe) -> NonFiniteError:
+    return NonFiniteError(f"the training diverged at a step size of {recipe.rate}. Try a smaller one.")
 
 
 def _optimizer(
@@ -237,7 +249,7 @@ def _epoch(
         schedule.step()
         last = loss.item()
         if not math.isfinite(last):
-            raise NonFiniteError(f"the training diverged at a step size of {recipe.rate}. Try a smaller one.")
+            raise _diverged(recipe)
         progress.advance(1, f"{progress.title.partition(',')[0]}, loss {last:.2f}")
 
 

@@ -195,7 +195,7 @@ def _shots(rows: Sequence[Row], marks: Sequence[float]) -> str:
             means = series(own, "shots", lambda row, group=group: row[group])
             lines.append([TITLES[model], group, *means.values(), f"{seconds:.3g}", f"{each:.3g}"])
     intro = (
-        "Accuracy in percent, all classes being possible, by the images of each new class. Seconds: from having the keys "
+        "Accuracy in percent among all classes, by the images of each new class. Seconds: from having the keys "
         f"of all {counts[-1]} images of each new class until they count. ms: one prediction from a key, in batches."
     )
     head = ["model", "classes", *counts, "seconds", "ms"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from recollect.experiments.incremental.models import Adapted, FineTuning, Mixed, Setting, Vote
 from recollect.experiments.incremental.pretraining import Recipe
+from recollect.experiments.incremental.shots import Shots, shots
 
 MODELS = ("parametric", "non-parametric", "mixture", "mbpa-rmsprop", "mbpa-sgd")
 
@@ -63,6 +64,7 @@ class Scale:
 
     recipe: Recipe
     grids: Grids
+    shots: Shots
     splits: int = 5
     """The first is for the choice of settings; results are means over the others."""
     marks: tuple[float, ...] = (0.1, 1.0, 3.0)
@@ -93,7 +95,14 @@ _SMOKE = Scale(
         ((10,), (1e-3, 3e-3), (3,)),
         ((10,), (0.1, 0.3), (3,)),
     ),
+    shots((1, 5), ((10,), (0.1, 1.0), (3,)), ((1e-2,), (3, 10)), ((1, 5), _NONE)),
     splits=3,
-    points=(0.0, 0.1, 0.5, 1.0, 3.0),
+    marks=(0.1, 1.0),
+    points=(0.0, 0.1, 1.0),
+    long_points=(0.1, 1.0),
+    sweep=(0.1, 1.0),
+    capacities=(1000, 4000),
+    rates=(0.1, 1.0, 10.0),
+    neighbors=(5, 20),
 )
 SCALES = {"smoke": _SMOKE}

@@ -36,6 +36,8 @@ class Stream:
     ) -> None:
         self.head = head
         self.memory = EpisodicMemory(capacity or len(labels), keys.shape[1])
+        self.rows = torch.full((self.memory.capacity,), -1)
+        """Which image of the stream each slot of the memory holds; -1: none."""
         self._keys = keys
         self._labels = labels
         self._optimizer = tuning.optimize(head)
@@ -66,4 +68,4 @@ class Stream:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        self.memory.write(keys, labels)
+        self.rows[self.memory.write(keys, labels)] = rows
