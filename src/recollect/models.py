@@ -105,7 +105,7 @@ class ResNet(nn.Module):
             stages.append(Residual(inputs, outputs, stride=1 if stage == 0 else 2))
             stages += (Residual(outputs, outputs) for _ in range(count - 1))
         self.features = nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = nn.utils.skip_init(nn.Linear, widths[-1], classes)
+        self.fc = nn.Linear(widths[-1], classes, device="meta").to_empty(device="cpu")  # weights are drawn below
         with torch.no_grad():
             for part in self.features.modules():
                 if isinstance(part, nn.Conv2d):

@@ -123,18 +123,15 @@ def teach(halves: Halves, test: Dataset, shots: Shots) -> Task:
     label = order.argsort()
     count = int((~halves.new).sum())
     trained = halves.features.head()
-    head = nn.utils.skip_init(nn.Linear, trained.in_features, count)
+    head = nn.Linear(trained.in_features, count, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(trained.get_parameter(name)[order[:count]])
     first = first_images(halves.train.labels, max(shots.kept, *shots.images))
-    held = first[order[:count], : shots.kept].flatten()
-    taught = first[order[count:]].T.flatten()
-    parts = [
-        Dataset(data.inputs[rows], label[data.labels[rows]])
-        for data, rows in ((halves.train, held), (halves.train, taught), (test, torch.arange(len(test.labels))))
-    ]
-    return Task(grow(head, len(order)), *parts, halves.new[test.labels])
+    held = halves.train.take(first[order[:count], : shots.kept].flatten())
+    taught = halves.train.take(first[order[count:]].T.flatten())
+    held, taught, renamed = (Dataset(data.inputs, label[data.labels]) for data in (held, taught, test))
+    return Task(grow(head, len(order)), held, taught, renamed, halves.new[test.labels])
 
 
 def first_images(labels: Int[Tensor, " n"], count: int) -> Int[Tensor, "c m"]:

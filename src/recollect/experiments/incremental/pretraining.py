@@ -68,7 +68,7 @@ class Features(NamedTuple):
 
     def head(self) -> nn.Linear:
         """Returns a new last layer, as training left it."""
-        head = nn.utils.skip_init(nn.Linear, self.weight.shape[1], self.weight.shape[0])
+        head = nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta").to_empty(device="cpu")
         head.load_state_dict({"weight": self.weight, "bias": self.bias})
         return head
 
@@ -124,7 +124,7 @@ def moved(pixels: UInt8[Tensor, "b h w 3"], shift: int, generator: torch.Generat
 def settings(data: ImageClasses, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Returns what determines the features of a split."""
     some = torch.cat([images.pixels[::97].flatten() for images in (data.train, data.test)])
-    return {"images": hashlib.sha256(some.numpy()).hexdigest()[:16], "split": seed, **asdict(recipe)}
+    return {"images": hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16], "split": seed, **asdict(recipe)}
 
 
 def features(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cpu") -> Features:
@@ -170,7 +170,7 @@ def trained(data: ImageClasses, recipe: Recipe, *, seed: int, device: str = "cpu
     file = _file("network", run)
     net = ResNet(
         len(data.names), widths=recipe.widths, blocks=recipe.blocks, generator=torch.Generator().manual_seed(seed)
-    ).to(place, memory_format=torch.channels_last)
+    ).to(place)
     parts = split(data.train.labels, len(data.names), seed=seed)
     old = data.train.take(parts.train[~parts.new[data.train.labels[parts.train]]])
     if len(old.labels) < recipe.batch or recipe.shift >= min(old.pixels.shape[1:3]):

@@ -8,7 +8,7 @@ from recollect.experiments.incremental.models import Adapted, FineTuning, Mixed,
 from recollect.experiments.incremental.pretraining import Recipe
 from recollect.experiments.incremental.shots import Shots, shots
 
-MODELS = ("parametric", "non-parametric", "mixture", "mbpa-rmsprop", "mbpa-sgd")
+MODELS: tuple[str, ...] = ("parametric", "non-parametric", "mixture", "mbpa-rmsprop", "mbpa-sgd")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Grids:
 
     def of(self, model: str) -> tuple[Setting, ...]:
         """Returns what is tried for one of ``MODELS``."""
-        return dict(zip(MODELS, vars(self).values(), strict=True))[model]
+        grids: dict[str, tuple[Setting, ...]] = dict(zip(MODELS, vars(self).values(), strict=True))
+        return grids[model]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 from recollect import Parametric, grow
 from recollect.data import Dataset
 from recollect.experiments.incremental.models import Adapted, Vote
-from recollect.likelihoods import Categorical
+from recollect.likelihoods import Categorical, Likelihood
 from recollect.predictors import Before, Predictor
 
 
@@ -54,7 +54,7 @@ class _Means(nn.Module):
 
     def __init__(self, means: Float[Tensor, "c d"], *, angle: bool) -> None:
         super().__init__()
-        self.likelihood = Categorical()
+        self.likelihood: Likelihood = Categorical()
         self._means = normalize(means) if angle else means
         self._angle = angle
 
