@@ -62,6 +62,17 @@ def test_learning_in_sequence_forgets_least_with_a_memory(tmp_path: Path) -> Non
     assert all(row[3] < row[1] for row in rows.values())
 
 
+def test_a_pipeline_learns_a_class_that_it_was_not_trained_for(tmp_path: Path) -> None:
+    _, before, taught, loaded, other = output("sklearn_new_class.py", tmp_path).splitlines()
+    before, taught, loaded = map(accuracies, (before, taught, loaded))
+    assert before[0] == 0
+    assert before[1] > 95
+    assert taught[0] > 70
+    assert taught[1] > before[1] - 1
+    assert loaded == taught
+    assert other.startswith("MLPClassifier: ")
+
+
 def test_every_example_is_short_and_tested() -> None:
     tested = set(re.findall(r"output\(\"(\w+\.py)\"", Path(__file__).read_text()))
     scripts = {path.name: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}

@@ -174,10 +174,8 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
 
     _likelihood = Categorical()
     _loss = staticmethod(functional.cross_entropy)
-    _too_fast, _reference = (
-        math.inf,
-        staticmethod(torch.median),
-    )  # a softmax's gradient is bounded: long keys do no harm
+    _too_fast = math.inf  # a softmax's gradient is bounded: long keys do no harm
+    _reference = staticmethod(torch.median)
 
     def __init__(
         self,

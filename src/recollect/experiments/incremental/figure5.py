@@ -48,7 +48,7 @@ def _course(study: Study, number: int, fine: FineTuning) -> Course:
     rare = halves.new & (halves.new.cumsum(0) % 2 == 0)  # labels do not know what they mean: every other one
     rows = unbalanced(halves.train, rare)
     groups = {"old": ~halves.new, "full": halves.new & ~rare, "rare": rare}
-    return study.course(number, fine, rows=rows, groups=groups)._replace(marks=study.scale.long_points[-1:])
+    return study.course(number, fine, rows=rows, groups=groups, marks=study.scale.long_points[-1:])
 
 
 def unbalanced(train: Dataset, rare: Bool[Tensor, " c"]) -> Int[Tensor, " n"]:

@@ -37,7 +37,7 @@ def _sizes(study: Study, choices: Choices) -> None:
         for number in study.splits:
             for capacity in capacities:
                 key = {"part": "size", "split": number, "capacity": capacity}
-                begin = partial(study.course, number, choices.parametric, capacity=capacity)
+                begin = partial(study.course, number, choices.parametric, capacity=capacity, marks=())
                 follow(study.record, [Line(key, choices.sgd)], points, begin, progress)
 
 
@@ -50,4 +50,4 @@ def _rates(study: Study, choices: Choices) -> None:
                 fine = replace(choices.parametric, rate=rate * choices.parametric.rate)
                 key = {"part": "rate", "split": number, "rate": fine.rate}
                 lines = [Line({**key, "model": model}, setting) for model, setting in models.items()]
-                follow(study.record, lines, points, partial(study.course, number, fine), progress)
+                follow(study.record, lines, points, partial(study.course, number, fine, marks=()), progress)

@@ -31,5 +31,6 @@ def run(config: Figure7) -> str:
                 Line({"part": "neighbors", "split": number, "neighbors": k}, replace(choices.sgd, neighbors=k))
                 for k in counts
             ]
-            follow(study.record, lines, points, partial(study.course, number, choices.parametric), progress)
+            begin = partial(study.course, number, choices.parametric, marks=())
+            follow(study.record, lines, points, begin, progress)
     return report(study.record, study.scale.marks, study.splits)

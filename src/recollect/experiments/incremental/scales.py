@@ -46,10 +46,10 @@ def grids(
     rates: dict[str, tuple[float, ...]],
     votes: tuple[tuple[int, ...], tuple[float | None, ...]],
     mixtures: tuple[tuple[int, ...], tuple[float | None, ...], tuple[float, ...]],
-    rmsprop: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]],
-    sgd: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]],
+    rmsprop: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...], tuple[float | None, ...]],
+    sgd: tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...], tuple[float | None, ...]],
 ) -> Grids:
-    """Returns all combinations of the given numbers: neighbors, bandwidths, weights, rates and steps."""
+    """Returns all combinations of the given numbers: neighbors, rates, steps, bandwidths, weights."""
     return Grids(
         tuple(FineTuning(name, rate) for name, found in rates.items() for rate in found),
         tuple(Vote(*point) for point in itertools.product(*votes)),
@@ -77,7 +77,7 @@ class Scale:
     sweep: tuple[float, ...] = (0.02, 0.1, 0.35, 1.0, 3.0)
     """Epochs of Figures 6 and 7."""
     every: int = 5
-    """One of so many images counts between the marks, and where settings are chosen."""
+    """One of so many images counts between the marks, in Figures 6 and 7, and where settings are chosen."""
     capacities: tuple[int, ...] = (1000, 3000, 10_000, 30_000, 90_000)
     """Figure 6, left."""
     rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -93,8 +93,8 @@ _SMOKE = Scale(
         {"sgd": (0.03, 0.1)},
         ((5, 20), _NONE),
         ((20,), _NONE, (0.3, 0.7)),
-        ((10,), (1e-3, 3e-3), (3,)),
-        ((10,), (0.1, 0.3), (3,)),
+        ((10,), (1e-3, 3e-3), (3,), _NONE),
+        ((10,), (0.1, 0.3), (3,), _NONE),
     ),
     shots((1, 5), ((10,), (0.1, 1.0), (3,)), ((1e-2,), (3, 10)), ((1, 5), _NONE)),
     splits=3,
@@ -106,4 +106,20 @@ _SMOKE = Scale(
     rates=(0.1, 1.0, 10.0),
     neighbors=(5, 20),
 )
-SCALES = {"smoke": _SMOKE}
+# The paper gives no grid. Each model has twelve settings; of the Gaussian kernel's widths a vote prefers a broad one.
+_GRIDS = grids(
+    {"sgd": (0.01, 0.02, 0.03, 0.05, 0.1, 0.2), "adam": (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)},
+    ((5, 10, 20, 50, 100, 200), (None, 4.0)),
+    ((20, 100), _NONE, (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)),
+    ((50, 100), (1e-4, 3e-4, 1e-3), (5,), (None, 2.5)),
+    ((50, 100), (0.05, 0.1, 0.2), (10,), (None, 2.5)),
+)
+_SHOTS = shots(
+    (1, 2, 5, 10, 20),
+    ((20, 50), (0.03, 0.1, 0.3), (10, 30)),
+    ((3e-4, 1e-3, 3e-3, 1e-2), (3, 10, 30)),
+    ((1, 3, 5, 10, 20, 50), (None, 4.0)),
+)
+_SMALL = Scale(Recipe(), _GRIDS, _SHOTS)
+_PAPER = Scale(Recipe(blocks=(2, 2, 2, 2), epochs=60), _GRIDS, _SHOTS)
+SCALES = {"smoke": _SMOKE, "small": _SMALL, "paper": _PAPER}

@@ -68,4 +68,5 @@ class Stream:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        self.rows[self.memory.write(keys, labels)] = rows
+        slots = self.memory.write(keys, labels)
+        self.rows[slots] = rows[len(rows) - len(slots) :]  # of a batch larger than the memory the end is kept

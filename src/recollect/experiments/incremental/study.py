@@ -91,6 +91,7 @@ class Study:
         capacity: int | None = None,
         rows: Int[Tensor, " n"] | slice = slice(None),
         groups: Mapping[str, Bool[Tensor, " c"]] | None = None,
+        marks: tuple[float, ...] | None = None,
     ) -> Course:
         """Returns a stream of a split's training images, to be judged by its test images.
 
@@ -100,6 +101,7 @@ class Study:
             capacity: Of the memory; the number of training images when None.
             rows: Which training images; all when not given.
             groups: Classes to be judged by themselves; the old and the new ones when None.
+            marks: Where all test images count; as in the scale when None.
         """
         halves = self.halves(number)
         train = halves.train.take(rows)
@@ -108,7 +110,7 @@ class Study:
         if number == TUNING:
             some = halves.valid.take(slice(None, None, self.scale.every))
             return Course(stream, some, groups, self.scale.marks, 1)
-        return Course(stream, halves.test, groups, self.scale.marks, self.scale.every)
+        return Course(stream, halves.test, groups, self.scale.marks if marks is None else marks, self.scale.every)
 
     def choices(self) -> Choices:
         """Returns the settings of each model that are best on validation images of the first split.
