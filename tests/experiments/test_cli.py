@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit statuses, one clear line for every error."""
 
+import importlib
 import os
 import resource
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli import main
+from recollect.cli import EXPERIMENTS, Experiment, main
 from recollect.data import data_folder
 
 
@@ -54,6 +55,10 @@ def test_demo_remembers_and_shows_it(tmp_path: Path) -> None:
         (("reproduce", "figure3", "--nonsense", "1"), "--nonsense"),
         (("reproduce", "figure3", "--scale", "huge"), "'huge'"),
         (("reproduce", "figure3", "--steps", "0"), "--steps"),
+        (("reproduce", "table1", "--scale", "huge"), "'huge'"),
+        (("reproduce", "new-classes", "--images", "3"), "--images"),
+        (("explain", "--image", "first"), "'first'"),
+        (("explain", "7"), "7"),
         (("list", "more"), "unexpected argument"),
         (("show", "nowhere"), "holds no finished run"),
         (("show",), "needs one folder"),
@@ -68,9 +73,13 @@ def test_a_mistake_is_one_line_and_status_2(arguments: tuple[str, ...], message:
 
 def test_help_and_list(capsys) -> None:
     assert main([]) == 0
-    assert "recollect demo" in capsys.readouterr().out
+    usage = capsys.readouterr().out
+    for command in ("demo", "explain", "reproduce NAME", "list", "lm train|evaluate", "show DIR"):
+        assert f"  recollect {command}" in usage
     assert main(["list"]) == 0
-    assert "figure3" in capsys.readouterr().out
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [experiment.name for experiment in EXPERIMENTS]
+    assert {"figure3", "table1", "figure4", "figure5", "figure6", "figure7", "new-classes"} <= set(names)
     assert main(["--version"]) == 0
     process = recollect("reproduce", "figure3", "--help")
     assert process.returncode == 0
@@ -85,6 +94,27 @@ def test_help_of_lm_names_both_commands(arguments: list[str], capsys) -> None:
     for command in ("recollect lm train", "recollect lm evaluate"):
         assert f"{command} --text FILE" in printed.out
         assert f"{command} --help" in printed.out
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_every_experiment_lists_its_settings(experiment: Experiment, capsys) -> None:
+    """Its module, its settings and what runs it are where the list says."""
+    with pytest.raises(SystemExit) as caught:
+        main(["reproduce", experiment.name, "--help"])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    assert f"recollect reproduce {experiment.name}" in printed
+    assert "--out" in printed
+    assert callable(importlib.import_module(f"recollect.experiments.{experiment.module}").run)
+
+
+def test_explain_lists_its_settings(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", "--help"])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    for flag in ("recollect explain", "--image", "--split", "--epochs", "--scale", "--out"):
+        assert flag in printed
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -139,6 +169,21 @@ def test_missing_data_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> N
     line = process.stderr.splitlines()[-1]
     assert "RECOLLECT_DATA" in line
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("command", [("reproduce", "table1"), ("reproduce", "new-classes"), ("explain",)])
+def test_missing_images_are_one_line_that_says_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("RECOLLECT_DATA", str(tmp_path))
+    monkeypatch.setenv("RECOLLECT_CACHE", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert "tiny-imagenet-200.zip is not in" in printed.err.splitlines()[-1]
+    assert "RECOLLECT_DATA" in printed.err.splitlines()[-1]
+    assert not printed.out
 
 
 def test_control_c_is_one_line_and_status_130(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Paper: Figure 5, right. A query, the images that the memory finds near it, their
 logit of the predicted class, and the class probabilities before and after adaptation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ def run(config: Explain) -> str:
     study = Study(config)
     if config.split not in study.splits:
         raise SettingError(f"--split must be one of {list(study.splits)}, got {config.split}.")
-    if config.epochs < 0:
-        raise SettingError(f"--epochs must be at least 0, got {config.epochs:g}.")
+    if not 0 <= config.epochs < math.inf:
+        raise SettingError(f"--epochs must be a finite number of at least 0, got {config.epochs:g}.")
     choices = study.choices()
     course = study.course(config.split, choices.parametric)
     count = len(course.images.labels)
@@ -143,7 +144,7 @@ def draw(picture: Picture, path: Path) -> None:
     canvas = plots.empty(15.0, 7.6)
     left, right = canvas.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 2.1))[0]
     query, bars = left.subplots(2, 1, height_ratios=(1.2, 1.0))
-    _show(query, picture.query, f"Query: {_short(picture.names[picture.label])}", size=12)
+    _show(query, picture.query, f"Query: {_short(picture.names[picture.label])}", size=12.0)
     _bars(bars, picture)
     found = picture.explanation
     after = int(found.after.argmax())
@@ -160,7 +161,7 @@ def draw(picture: Picture, path: Path) -> None:
         label = int(found.values[place])
         added = float(found.contributions[place, after])
         title = f"{_short(picture.names[label])[:22]}\n{float(found.weights[place]):.3f}, {added:+.3f}"
-        _show(axes, picture.neighbors[place], title, size=8, color=plots.BLUE if label == after else plots.GRAY)
+        _show(axes, picture.neighbors[place], title, size=8.0, color=plots.BLUE if label == after else plots.GRAY)
     plots.save(canvas, path)
 
 

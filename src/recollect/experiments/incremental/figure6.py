@@ -42,12 +42,12 @@ def _sizes(study: Study, choices: Choices) -> None:
 
 
 def _rates(study: Study, choices: Choices) -> None:
-    models = {"parametric": choices.parametric, "mixture": choices.mixture, "mbpa-sgd": choices.sgd}
     rates, points = study.scale.rates, study.scale.sweep
-    with Progress(len(study.splits) * len(rates) * len(points) * len(models), "learning rates") as progress:
+    with Progress(len(study.splits) * len(rates) * len(points) * 3, "learning rates") as progress:
         for number in study.splits:
             for rate in rates:
                 fine = replace(choices.parametric, rate=rate * choices.parametric.rate)
                 key = {"part": "rate", "split": number, "rate": fine.rate}
+                models = {"parametric": fine, "mixture": choices.mixture, "mbpa-sgd": choices.sgd}
                 lines = [Line({**key, "model": model}, setting) for model, setting in models.items()]
                 follow(study.record, lines, points, partial(study.course, number, fine, marks=()), progress)

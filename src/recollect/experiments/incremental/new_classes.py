@@ -6,6 +6,7 @@ needs nothing else, stand the k-NN vote and the nearest class mean, and fine-tun
 """
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,10 +75,11 @@ def _tune(study: Study) -> None:
 
 
 def _best(study: Study, model: str) -> int:
-    sums = [0.0] * len(study.scale.shots.grids[model])
+    found: list[list[float]] = [[] for _ in study.scale.shots.grids[model]]
     for row in study.record.rows:
         if row["part"] == "shots-tuning" and row["model"] == model:
-            sums[row["place"]] += row["all"]
+            found[row["place"]].append(row["all"])
+    sums = [math.fsum(scores) for scores in found]
     return sums.index(max(sums))
 
 

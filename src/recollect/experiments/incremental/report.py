@@ -62,10 +62,10 @@ def _table1(rows: Sequence[Row], marks: Sequence[float]) -> str:
     lines = []
     for group in ("new", "old"):
         for model in MODELS:
-            paper = PAPER.get((group, model), ())
+            paper = PAPER.get((group, model), (None,) * 6)
+            beside = [*paper[: len(marks)], *paper[3 : 3 + len(marks)]]
             ours = [*_tops(rows, model, group, marks), *_areas(rows, model, group, marks)]
-            cells = [f"{Mean.of(values)}" for values in ours]
-            lines.append([group, TITLES[model], *map(_beside, cells, paper or [None] * len(cells))])
+            lines.append([group, TITLES[model], *map(_beside, [f"{Mean.of(values)}" for values in ours], beside)])
     tables = [_table("Table 1: new and old classes", intro, head, lines), _gaps(rows, marks), _calibration(rows, marks)]
     return "\n".join([*tables, _settings(rows)])
 
@@ -198,5 +198,5 @@ def _shots(rows: Sequence[Row], marks: Sequence[float]) -> str:
         "Accuracy in percent among all classes, by the images of each new class. Seconds: from having the keys "
         f"of all {counts[-1]} images of each new class until they count. ms: one prediction from a key, in batches."
     )
-    head = ["model", "classes", *counts, "seconds", "ms"]
+    head = ["model", "classes", *map(str, counts), "seconds", "ms"]
     return _table("From the first image of a new class", intro, head, lines)

@@ -49,7 +49,7 @@ def series(rows: Iterable[Row], x: str, value: Callable[[Row], float]) -> dict[f
     """Returns the mean over splits for each ``x``, rising."""
     found: dict[float, list[float]] = {}
     for row in rows:
-        found.setdefault(row[x], []).append(value(row))
+        found.setdefault(float(row[x]), []).append(value(row))
     return {point: Mean.of(found[point]) for point in sorted(found)}
 
 

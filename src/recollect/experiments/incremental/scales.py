@@ -106,13 +106,13 @@ _SMOKE = Scale(
     rates=(0.1, 1.0, 10.0),
     neighbors=(5, 20),
 )
-# The paper gives no grid. Each model has twelve settings; of the Gaussian kernel's widths a vote prefers a broad one.
+# Twelve settings for each model; the paper gives no grid.
 _GRIDS = grids(
     {"sgd": (0.01, 0.02, 0.03, 0.05, 0.1, 0.2), "adam": (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)},
     ((5, 10, 20, 50, 100, 200), (None, 4.0)),
     ((20, 100), _NONE, (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)),
-    ((50, 100), (1e-4, 3e-4, 1e-3), (5,), (None, 2.5)),
-    ((50, 100), (0.05, 0.1, 0.2), (10,), (None, 2.5)),
+    ((50, 100), (1e-4, 3e-4, 1e-3), (2, 5), _NONE),
+    ((50, 100), (0.02, 0.05, 0.1), (10, 30), _NONE),
 )
 _SHOTS = shots(
     (1, 2, 5, 10, 20),

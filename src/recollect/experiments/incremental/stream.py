@@ -43,11 +43,11 @@ class Stream:
         self._optimizer = tuning.optimize(head)
         self._batch = batch
         self._generator = torch.Generator().manual_seed(seed)
-        self._left: list[Tensor] = []  # batches of this epoch
+        self._left = torch.empty(0, dtype=torch.long)  # images to come
         self._steps = 0
 
     def advance(self, epochs: float) -> None:
-        """Goes on until so many epochs have gone by since the beginning, to the nearest whole step.
+        """Goes on until so many epochs of images have come since the beginning, to the nearest whole batch.
 
         Raises:
             SettingError: If that lies behind.
@@ -56,11 +56,16 @@ class Stream:
         if steps < self._steps:
             raise SettingError(f"{epochs} epochs of this stream are over; it cannot go back.")
         while self._steps < steps:
-            if not self._left:
-                order = torch.randperm(len(self._labels), generator=self._generator)
-                self._left = list(order.split(self._batch))[::-1]
-            self._step(self._left.pop())
+            self._step(self._next())
             self._steps += 1
+
+    def _next(self) -> Int[Tensor, " b"]:
+        """Returns the images of the next batch: epochs follow each other without a gap, so every batch is full."""
+        while len(self._left) < self._batch:
+            order = torch.randperm(len(self._labels), generator=self._generator)
+            self._left = torch.cat([self._left, order])
+        rows, self._left = self._left[: self._batch], self._left[self._batch :]
+        return rows
 
     def _step(self, rows: Int[Tensor, " b"]) -> None:
         keys, labels = self._keys[rows], self._labels[rows]

@@ -1,6 +1,7 @@
 """What Table 1 and Figures 4 to 7 share: one folder, the splits, and the choice of settings."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -135,8 +136,9 @@ class Study:
 
     def _best(self, model: str) -> int:
         """Returns the place of a model's best setting; of equally good ones the first."""
-        sums = [0.0] * len(self.scale.grids.of(model))
+        found: list[list[float]] = [[] for _ in self.scale.grids.of(model)]
         for row in self.record.rows:
             if row["part"] == "tuning" and row["model"] == model:
-                sums[row["place"]] += row["all"]["top1"]
+                found[row["place"]].append(row["all"]["top1"])
+        sums = [math.fsum(scores) for scores in found]
         return sums.index(max(sums))

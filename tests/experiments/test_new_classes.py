@@ -1,0 +1,309 @@
+"""New classes from a few images of each: what is taught, what learns it, and by which images settings are chosen."""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import micro_images
+import pytest
+import torch
+from micro_images import CLASSES, MICRO, TEST, TRAIN
+from oracles.bits import bits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from recollect import EpisodicMemory, Parametric
+from recollect.data import Dataset
+from recollect.experiments import plots
+from recollect.experiments.incremental import new_classes, study
+from recollect.experiments.incremental.models import Adapted, Vote
+from recollect.experiments.incremental.new_classes import NewClasses, Task, first_images, run, teach
+from recollect.experiments.incremental.shots import NearestMean, Retrained, Shots, shots
+from recollect.experiments.incremental.study import Halves, Study
+from recollect.experiments.runner import Progress, read_rows
+
+Untouched = Callable[[], AbstractContextManager[None]]
+OLD = CLASSES // 2
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def micro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made-up images and features, and nothing drawn; the folder of a run."""
+    micro_images.use(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(study, "features", micro_images.untrained)
+    monkeypatch.setattr(plots, "save", lambda picture, path: None)
+    return tmp_path / "out"
+
+
+# The learners ---------------------------------------------------------------------------------------------------------
+
+
+def some(classes: int = 5, count: int = 6) -> Dataset:
+    labels = torch.arange(classes).repeat(count)
+    centers = 2 * torch.randn(classes, 4, generator=seeded())
+    return Dataset(centers[labels] + torch.randn(len(labels), 4, generator=seeded(1)), labels)
+
+
+def nearest_mean_slowly(held: Dataset, query: Tensor, classes: int, *, angle: bool) -> list[float]:
+    """Returns the probability of each class from the distances to the means, in double precision."""
+
+    def unit(vector: list[float]) -> list[float]:
+        length = math.sqrt(sum(v * v for v in vector)) if angle else 1.0
+        return [v / length for v in vector]
+
+    scores = []
+    for label in range(classes):
+        keys = [unit(key) for key, one in zip(held.inputs.tolist(), held.labels.tolist(), strict=True) if one == label]
+        if not keys:
+            scores.append(-math.inf)
+            continue
+        mean = unit([sum(values) / len(keys) for values in zip(*keys, strict=True)])
+        scores.append(-sum((a - b) ** 2 for a, b in zip(mean, unit(query.tolist()), strict=True)))
+    total = sum(math.exp(score) for score in scores)
+    return [math.exp(score) / total for score in scores]
+
+
+@pytest.mark.parametrize("angle", [False, True])
+@pytest.mark.parametrize("queries", [3, 40])
+def test_nearest_mean(angle: bool, queries: int, rng_untouched: Untouched) -> None:
+    held, asked = some(), 3 * torch.randn(queries, 4, generator=seeded(2))
+    layer = nn.Linear(4, 5)
+    with rng_untouched():
+        predictor = NearestMean(angle=angle).predictor(layer, held)
+        found = predictor(asked)
+    wanted = [nearest_mean_slowly(held, query, 5, angle=angle) for query in asked]
+    torch.testing.assert_close(found.exp(), torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+    missing = held.take((held.labels != 2).nonzero().squeeze(1))
+    found = NearestMean(angle=angle).predictor(layer, missing)(asked)
+    assert (found[:, 2] == -torch.inf).all(), "a class of which nothing is known"
+    wanted = [nearest_mean_slowly(missing, query, 5, angle=angle) for query in asked]
+    torch.testing.assert_close(found.exp(), torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+
+
+def test_retrained_is_a_loop_and_leaves_the_head_as_it_is(rng_untouched: Untouched) -> None:
+    held, layer = some(count=50), nn.Linear(4, 5)  # 250 images, two batches
+    before = bits(layer.state_dict())
+    with rng_untouched():
+        one, other = (Retrained(0.05, 3).predictor(layer, held) for _ in range(2))
+    assert bits(layer.state_dict()) == before
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    slow, g = copy.deepcopy(layer), seeded()
+    optimizer = torch.optim.Adam(slow.parameters(), lr=0.05)
+    for _ in range(3):
+        order = torch.randperm(250, generator=g)
+        for rows in (order[:128], order[128:]):
+            optimizer.zero_grad()
+            cross_entropy(slow(held.inputs[rows]), held.labels[rows]).backward()
+            optimizer.step()
+    queries = torch.randn(9, 4, generator=seeded(2))
+    assert torch.equal(one(queries), other(queries))
+    assert torch.equal(one(queries), Parametric(slow)(queries))
+    assert not torch.allclose(one(queries), Parametric(layer)(queries))
+
+
+def test_all_combinations_are_tried() -> None:
+    found = shots((1, 2), ((3, 4), (0.1, 0.2), (5,)), ((1e-3,), (7, 8)), ((1, 9), (None, 0.5)))
+    assert found.images == (1, 2)
+    assert found.grids == {
+        "mbpa-sgd": tuple(Adapted("sgd", k, rate, 5) for k in (3, 4) for rate in (0.1, 0.2)),
+        "fine-tuning": (Retrained(1e-3, 7), Retrained(1e-3, 8)),
+        "nearest-mean": (NearestMean(angle=False), NearestMean(angle=True)),
+        "vote": tuple(Vote(k, bandwidth) for k in (1, 9) for bandwidth in (None, 0.5)),
+    }
+
+
+# What is taught -------------------------------------------------------------------------------------------------------
+
+
+def test_first_images() -> None:
+    labels = torch.randint(4, (60,), generator=seeded())
+    rows = first_images(labels, 5)
+    for label in range(4):
+        assert rows[label].tolist() == [i for i, one in enumerate(labels.tolist()) if one == label][:5]
+    smallest = int(labels.bincount().min())
+    assert first_images(labels, 1000).shape == (4, smallest)
+
+
+@pytest.fixture
+def halves(micro: Path) -> Halves:
+    return Study(NewClasses(out=micro)).halves(1)
+
+
+TAUGHT = Shots((1, 2, 5), kept=3, grids={})
+
+
+def named(halves: Halves) -> list[int]:
+    """Returns the old label of each new one: old classes first."""
+    new = halves.new.tolist()
+    return [label for label in range(CLASSES) if not new[label]] + [label for label in range(CLASSES) if new[label]]
+
+
+def test_labels_stand_in_a_new_order_and_old_classes_predict_what_they_did(halves: Halves) -> None:
+    before, task = halves.features.head(), teach(halves, halves.test, TAUGHT)
+    order = named(halves)
+    assert task.head.out_features == CLASSES
+    for place, label in enumerate(order[:OLD]):
+        assert torch.equal(task.head.weight[place], before.weight[label])
+        assert torch.equal(task.head.bias[place], before.bias[label])
+    for place in range(OLD, CLASSES):
+        torch.testing.assert_close(task.head.weight[place], before.weight[order[:OLD]].mean(0))
+    assert [order[label] for label in task.test.labels.tolist()] == halves.test.labels.tolist()
+    assert torch.equal(task.test.inputs, halves.test.inputs)
+    assert task.new.tolist() == [label >= OLD for label in task.test.labels.tolist()]
+    own, old = task.head(halves.test.inputs)[:, :OLD], before(halves.test.inputs)[:, order[:OLD]]
+    torch.testing.assert_close(own, old)
+
+
+def test_images_are_counted_and_nested(halves: Halves) -> None:
+    task, order = teach(halves, halves.test, TAUGHT), named(halves)
+    assert task.held.labels.bincount().tolist() == [3] * OLD, "of old classes, as many as are kept"
+    assert task.taught.labels.tolist() == list(range(OLD, CLASSES)) * 5, "one of each after the other"
+    for data in (task.held, task.taught):
+        seen = dict.fromkeys(range(CLASSES), 0)
+        for key, label in zip(data.inputs, data.labels.tolist(), strict=True):
+            own = (halves.train.labels == order[label]).nonzero().squeeze(1)
+            assert torch.equal(key, halves.train.inputs[own[seen[label]]]), "the first images of a class"
+            seen[label] += 1
+
+
+class Spy:
+    """Stands for a learner, and remembers what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held: list[Dataset] = []
+        monkeypatch.setattr(Retrained, "predictor", lambda _, head, held: self._look(head, held))
+        monkeypatch.setattr(Vote, "predictor", lambda _, head, memory: self._look(head, self._content(memory)))
+
+    def _content(self, memory: EpisodicMemory) -> Dataset:
+        assert len(memory) == memory.capacity, "nothing is overwritten"
+        order = memory.written.argsort()
+        return Dataset(memory.keys[order], memory.values[order])
+
+    def _look(self, head: nn.Linear, held: Dataset) -> Parametric:
+        self.held.append(held)
+        return Parametric(head)
+
+
+def test_every_learner_has_the_same_images(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, spy = teach(halves, halves.test, TAUGHT), Spy(monkeypatch)
+    for count in TAUGHT.images:
+        for setting in (Retrained(0.1, 1), Vote(1, None)):
+            new_classes._worth(task, setting, count)
+        tuned, voted = spy.held[-2:]
+        assert bits(tuple(tuned)) == bits(tuple(voted))
+        assert tuned.labels.bincount().tolist() == [3] * OLD + [count] * (CLASSES - OLD)
+        taught = tuned.take(slice(3 * OLD, None))
+        assert torch.equal(taught.inputs, task.taught.inputs[: len(taught.inputs)])
+
+
+def test_worth(halves: Halves) -> None:
+    task = teach(halves, halves.test, TAUGHT)
+    assert isinstance(task, Task)
+    found = new_classes._worth(task, NearestMean(angle=False), 5)
+    held = Dataset(torch.cat([task.held.inputs, task.taught.inputs]), torch.cat([task.held.labels, task.taught.labels]))
+    right: dict[str, list[bool]] = {"all": [], "old": [], "new": []}
+    for query, label in zip(task.test.inputs, task.test.labels.tolist(), strict=True):
+        chances = nearest_mean_slowly(held, query, CLASSES, angle=False)
+        right["all"].append(chances.index(max(chances)) == label)
+        right["new" if label >= OLD else "old"].append(right["all"][-1])
+    for name, hits in right.items():
+        assert found[name] == pytest.approx(100 * sum(hits) / len(hits), abs=1e-3)
+    assert len(right["new"]) == len(right["old"]) == OLD * TEST
+    assert found["seconds"] >= 0 < found["milliseconds"]
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in {"seconds", "milliseconds"}} for row in rows]
+
+
+def test_settings_are_chosen_on_validation_images_of_the_first_split(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = run(NewClasses(out=micro))
+    assert "## From the first image of a new class" in table
+    rows = without_times(read_rows(micro / "results.jsonl"))
+    tried = [row for row in rows if row["part"] == "shots-tuning"]
+    for name, grid in MICRO.shots.grids.items():
+        means = [
+            sum(row["all"] for row in tried if row["model"] == name and row["place"] == place)
+            for place in range(len(grid))
+        ]
+        chosen = [row["setting"] for row in rows if row["part"] == "shots" and row["model"] == name]
+        assert chosen == [asdict(grid[means.index(max(means))])] * 4
+    assert {(row["split"], row["shots"]) for row in rows if row["part"] == "shots"} == {
+        (split, count) for split in (1, 2) for count in MICRO.shots.images
+    }
+    task = teach(one := Study(NewClasses(out=micro)).halves(0), one.valid.take(slice(None, None, 2)), MICRO.shots)
+    assert task.test.labels.bincount().tolist() == [TRAIN // 10 // MICRO.every] * CLASSES
+    for row in tried:
+        setting = MICRO.shots.grids[row["model"]][row["place"]]
+        assert row["all"] == new_classes._worth(task, setting, row["shots"])["all"]
+
+    read = study.tiny_imagenet
+
+    def garbage(**watch: Any) -> Any:
+        found = read(**watch)
+        return found._replace(test=found.test._replace(labels=(found.test.labels + 2) % CLASSES))
+
+    monkeypatch.setattr(study, "tiny_imagenet", garbage)
+    run(NewClasses(out=tmp_path / "garbage"))
+    others = without_times(read_rows(tmp_path / "garbage" / "results.jsonl"))
+    assert [row["setting"] for row in others] == [row["setting"] for row in rows]
+    changed = {row["part"] for row, other in zip(rows, others, strict=True) if row != other}
+    assert changed == {"shots"}
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_measures_nothing(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = run(NewClasses(out=micro))
+    alone = without_times(read_rows(micro / "results.jsonl"))
+    advance = Progress.advance
+    for stop in (1, 7, 13, 20, 30):
+        left = [stop]
+
+        def stopping(self: Progress, amount: float, title: str | None = None, *, left: list[int] = left) -> None:
+            advance(self, amount, title)
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "advance", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run(NewClasses(out=tmp_path / "stopped"))
+    run(NewClasses(out=tmp_path / "stopped"))
+    assert without_times(read_rows(tmp_path / "stopped" / "results.jsonl")) == alone
+    monkeypatch.setattr(new_classes, "teach", None)
+    monkeypatch.delattr(study, "tiny_imagenet")
+    assert run(NewClasses(out=micro)) == table
+
+
+def test_ties_go_to_the_first_setting(micro: Path) -> None:
+    one = Study(NewClasses(out=micro))
+    for place, scores in enumerate(((10.1, 20.2, 30.3), (30.3, 20.2, 10.1))):
+        for count, score in enumerate(scores):
+            one.record.add(part="shots-tuning", model="vote", place=place, shots=count, all=score)
+    assert new_classes._best(one, "vote") == 0
+    for score in (0.1, 0.2):
+        one.record.add(part="shots-tuning", model="vote", place=1, shots=9, all=score)
+    assert new_classes._best(one, "vote") == 1
+
+
+def test_more_images_than_there_are(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reduced data set has fewer than are kept otherwise."""
+    many = replace(MICRO.shots, kept=500)
+    halves = Study(NewClasses(out=micro)).halves(1)
+    task = teach(halves, halves.test, many)
+    assert task.held.labels.bincount().tolist() == [TRAIN * 9 // 10] * OLD
