@@ -93,3 +93,21 @@ def test_progress_says_how_much_time_is_left(capsys: pytest.CaptureFixture[str],
         progress.skip(2.0)
         progress.advance(1.0, "half")
     assert "half: 75%" in capsys.readouterr().err
+
+
+def test_one_display_inside_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal the inner one takes the outer one's place, and hands it back, after an error too."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with Progress(2, "outer") as outer:
+        outer.advance(1)
+        with pytest.raises(ZeroDivisionError), Progress(1, "inner"):
+            raise ZeroDivisionError
+        shown = capsys.readouterr().err
+        assert shown.rindex("inner") < shown.rindex("outer")
+        with Progress(1, "second") as second:
+            capsys.readouterr()  # the outer one's last line
+            second.advance(1)
+        shown = capsys.readouterr().err
+        assert shown.index("second") < shown.index("outer")
+        outer.advance(1)
+    assert "100 %" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -141,10 +141,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """A live bar with the time left; plain lines now and then where the output is no terminal.
 
+    One that starts inside another takes its place on the screen until it ends.
+
     Args:
         total: The amount of work, in any unit.
         title: What is being done.
     """
+
+    _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: int | float, title: str) -> None:
         from rich.console import Console
@@ -164,6 +168,9 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> "Progress":
+        if Progress._open:
+            Progress._open[-1]._bar.stop()
+        Progress._open.append(self)
         self._bar.start()
         return self
 
@@ -171,6 +178,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        Progress._open.remove(self)
+        if Progress._open:
+            Progress._open[-1]._bar.start()
 
     def skip(self, amount: int | float) -> None:
         """Counts work that an earlier run has done, without taking it for speed."""

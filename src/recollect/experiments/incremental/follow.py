@@ -64,9 +64,11 @@ def follow(
     for epochs in points:
         for line in lines:
             key = {**line.key, "epochs": epochs}
-            if record.find(**key) is None:
-                course = course or begin()
-                course.stream.advance(epochs)
-                predictor = line.setting.predictor(course.stream.head, course.stream.memory)
-                record.add(**key, setting=asdict(line.setting), **course.measure(predictor, epochs))
+            if record.find(**key) is not None:
+                progress.skip(1)
+                continue
+            course = course or begin()
+            course.stream.advance(epochs)
+            predictor = line.setting.predictor(course.stream.head, course.stream.memory)
+            record.add(**key, setting=asdict(line.setting), **course.measure(predictor, epochs))
             progress.advance(1)

@@ -87,12 +87,14 @@ def _measure(study: Study, number: int, lines: Sequence[tuple[dict[str, Any], Le
     """Adds a row for each line and number of images, where the record has none."""
     task = None
     for shots, (key, setting) in itertools.product(study.scale.shots.images, lines):
-        if study.record.find(**key, shots=shots) is None:
-            if task is None:
-                halves = study.halves(number)
-                test = halves.valid.take(slice(None, None, study.scale.every)) if number == TUNING else halves.test
-                task = teach(halves, test, study.scale.shots)
-            study.record.add(**key, shots=shots, setting=asdict(setting), **_worth(task, setting, shots))
+        if study.record.find(**key, shots=shots) is not None:
+            progress.skip(1)
+            continue
+        if task is None:
+            halves = study.halves(number)
+            test = halves.valid.take(slice(None, None, study.scale.every)) if number == TUNING else halves.test
+            task = teach(halves, test, study.scale.shots)
+        study.record.add(**key, shots=shots, setting=asdict(setting), **_worth(task, setting, shots))
         progress.advance(1)
 
 
