@@ -229,14 +229,14 @@ def enormous() -> bytes:
 
 
 BROKEN = {
-    "cut short": (jpeg(0)[:-40], "cannot be decoded"),
+    "cut short": (jpeg(0)[:-40], "cannot be decoded ("),
     "cut in its header": (jpeg(0)[:20], "cannot be decoded"),
-    "empty": (b"", "cannot be decoded"),
-    "zeros": (bytes(1000), "cannot be decoded"),
-    "text": (b"<!DOCTYPE html><title>404</title>", "cannot be decoded"),
+    "empty": (b"", "cannot be decoded: it is no image"),
+    "zeros": (bytes(1000), "cannot be decoded: it is no image"),
+    "text": (b"<!DOCTYPE html><title>404</title>", "cannot be decoded: it is no image"),
     "too small": (jpeg(0, size=(64, 63)), "should have 64 x 64 pixels, but has 64 x 63"),
     "too large": (jpeg(0, size=(128, 64)), "should have 64 x 64 pixels, but has 128 x 64"),
-    "enormous": (enormous(), "cannot be decoded"),
+    "enormous": (enormous(), "cannot be decoded ("),
 }
 
 
@@ -249,6 +249,7 @@ def test_an_image_that_cannot_be_decoded(
     text = refused(source, cache)
     assert message in text
     assert f"{path} in {source}" in text
+    assert "BytesIO" not in text
 
 
 def test_a_repaired_folder_is_decoded_as_a_whole(tmp_path: Path, cache: Path) -> None:
@@ -301,6 +302,16 @@ def test_what_is_missing_is_named(
 
 def test_other_folders_beside_the_images_are_no_matter(tmp_path: Path, cache: Path) -> None:
     source = packed(files(), "zip", tmp_path, more={f"__MACOSX/{ROOT}/train/n02/images/._n02_0.JPEG": b"junk"})
+    assert same(decoded(source, cache))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_files_beside_the_images_are_no_images(tmp_path: Path, cache: Path, kind: str) -> None:
+    """Some systems leave one beside each file, in the folder itself."""
+    hidden = {str(Path(path).with_name(f"._{Path(path).name}")): b"junk" for path in files() if path.endswith(".JPEG")}
+    assert len(hidden) > 15
+    hidden |= {"._wnids.txt": b"junk", "val/._val_annotations.txt": b"junk", "train/n02/images/.x.JPEG": jpeg(0)}
+    source = packed(files(**hidden), kind, tmp_path)
     assert same(decoded(source, cache))
 
 

@@ -71,6 +71,18 @@ def test_a_mistake_is_one_line_and_status_2(arguments: tuple[str, ...], message:
     assert message in lines[0]
 
 
+@pytest.mark.parametrize("command", ["reproduce table1", "reproduce figure5", "reproduce new-classes", "explain"])
+def test_a_wrong_device_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: str
+) -> None:
+    monkeypatch.setenv("RECOLLECT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("RECOLLECT_CACHE", str(tmp_path / "cache"))
+    assert main([*command.split(), "--device", "abacus", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "device must be one that PyTorch can use here" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_and_list(capsys) -> None:
     assert main([]) == 0
     usage = capsys.readouterr().out

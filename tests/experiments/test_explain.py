@@ -1,6 +1,7 @@
 """``recollect explain``: which image is shown, and that all that is shown is true."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,13 @@ def picture(neighbors: int, classes: int = 6, *, label: int = 3) -> Picture:
     return Picture(pixels[0], label, pixels[1:], explanation, NAMES)
 
 
-@pytest.mark.parametrize("neighbors", [0, 1, 3, 30])
+def test_describe_without_neighbors() -> None:
+    shown = picture(0)
+    best = NAMES[int(shown.explanation.before.argmax())].split(",")[0]
+    assert describe(shown, 17) == f"Test image 17: dog. The memory is empty; the head says {best}.\n"
+
+
+@pytest.mark.parametrize("neighbors", [1, 3, 30])
 def test_describe(neighbors: int) -> None:
     shown = picture(neighbors)
     found, short = shown.explanation, [name.split(",")[0] for name in NAMES]
@@ -160,7 +167,8 @@ def test_the_neighbors_are_the_images_whose_features_are_in_their_slots(
 ) -> None:
     text = run(Explain(out=micro, split=split, epochs=epochs, image=13))
     ((one, path),) = shown
-    assert path == micro / "explanation-13.png"
+    names = {(1, 0.5): "-epochs-0.5", (1, 2.0): "-epochs-2", (2, 0.5): "-split-2-epochs-0.5"}
+    assert path == micro / f"explanation{names.get((split, epochs), '-split-2-epochs-2')}-image-13.png"
     data, found = micro_images.data(), one.explanation
     assert torch.equal(one.query, data.test.pixels[13])
     assert one.label == int(data.test.labels[13]) == 13 // TEST
@@ -190,7 +198,7 @@ def test_the_neighbors_are_the_images_whose_features_are_in_their_slots(
 def test_without_an_image_the_telling_one_is_shown(micro: Path, shown: list[tuple[Picture, Path]]) -> None:
     text = run(Explain(out=micro, epochs=0.5))
     ((one, path),) = shown
-    assert path == micro / "explanation.png"
+    assert path == micro / "explanation-epochs-0.5.png"
     number = int(re.findall(r"Test image (\d+):", text)[0])
     own = Study(Explain(out=micro))
     choices, halves = own.choices(), own.halves(1)
@@ -206,11 +214,45 @@ def test_without_an_image_the_telling_one_is_shown(micro: Path, shown: list[tupl
     assert torch.equal(shown[-1][0].neighbors, one.neighbors)
 
 
+DEFAULT = next(field.default for field in fields(Explain) if field.name == "epochs")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "explanation.png"),
+        ({"split": 1, "epochs": DEFAULT}, "explanation.png"),
+        ({"image": 0}, "explanation-image-0.png"),
+        ({"split": 2}, "explanation-split-2.png"),
+        ({"epochs": 1.0, "split": 2}, "explanation-split-2-epochs-1.png"),
+        ({"epochs": 0.0}, "explanation-epochs-0.png"),
+        ({"epochs": 0.25, "split": 2, "image": 59}, "explanation-split-2-epochs-0.25-image-59.png"),
+    ],
+)
+def test_the_picture_is_named_by_what_is_not_default(
+    micro: Path, shown: list[tuple[Picture, Path]], given: dict[str, Any], name: str
+) -> None:
+    run(Explain(out=micro, **given))
+    assert [path for _, path in shown] == [micro / name]
+
+
 def test_an_empty_memory_explains_nothing(micro: Path) -> None:
     text = run(Explain(out=micro, epochs=0.0, image=0))
-    assert text.splitlines()[-1].startswith("What added most")
-    with Image.open(micro / "explanation-0.png") as file:
+    head = Study(Explain(out=micro)).halves(1).features
+    best = int((head.weight @ head.test[0] + head.bias).argmax())
+    assert text == f"Test image 0: ant. The memory is empty; the head says {NAMES[best].split(',')[0]}.\n"
+    with Image.open(micro / "explanation-epochs-0-image-0.png") as file:
         file.verify()
+
+
+def test_pictures_of_no_run_are_refused_and_left(micro: Path, shown: list[Any]) -> None:
+    micro.mkdir()
+    (micro / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(SettingError, match=r"holiday\.png is there, but it is of no run"):
+        run(Explain(out=micro, image=0))
+    assert [path.name for path in micro.iterdir()] == ["holiday.png"]
+    assert (micro / "holiday.png").read_bytes() == b"mine"
+    assert not shown
 
 
 @pytest.mark.parametrize(
@@ -225,6 +267,7 @@ def test_an_empty_memory_explains_nothing(micro: Path) -> None:
         ("--epochs inf", "--epochs must be"),
         ("--image x", "--image"),
         ("--scale huge", "'huge'"),
+        ("--device abacus", "'abacus'"),
     ],
 )
 def test_a_mistake_is_one_line(micro: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:

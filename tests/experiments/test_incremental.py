@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from recollect import EpisodicMemory, MbPA, Mixture, NonParametric, Parametric, gaussian, inverse_distance
 from recollect.cli import main
 from recollect.data import Dataset, data_folder
-from recollect.errors import SettingError
+from recollect.errors import DeviceError, SettingError
 from recollect.experiments import plots
 from recollect.experiments.incremental import follow as following
 from recollect.experiments.incremental import measures, pretraining, study
@@ -546,6 +546,27 @@ def test_choices_are_best_on_validation_images_of_the_first_split(micro: Path) -
     assert Study(Incremental(out=micro)).choices() == choices
 
 
+@pytest.mark.parametrize("name", ["figure4.png", "explanation.png", "mine.png"])
+def test_pictures_of_no_run_are_refused_and_left(micro: Path, name: str) -> None:
+    micro.mkdir()
+    (micro / name).write_bytes(b"mine")
+    with pytest.raises(SettingError, match=rf"{name} is there, but it is of no run.*--out"):
+        Study(Incremental(out=micro))
+    assert [path.name for path in micro.iterdir()] == [name]
+    (micro / name).unlink()
+    Study(Incremental(out=micro))
+    (micro / name).write_bytes(b"of the run")
+    Study(Incremental(out=micro))
+
+
+def test_a_wrong_device_is_refused_at_once(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(study, "tiny_imagenet")
+    monkeypatch.delattr(study, "features")
+    with pytest.raises(DeviceError, match="'abacus'"):
+        Study(Incremental(out=micro, device="abacus"))
+    assert not micro.exists()
+
+
 def made_up(folder: Path, scores: dict[str, tuple[Sequence[float], ...]], scale: Scale = MICRO) -> Study:
     """Returns a study whose settings have these accuracies at the marks; models that are not named have 0."""
     one = Study(Incremental(out=folder))
@@ -668,6 +689,18 @@ def test_a_scale_tries_as_many_settings_of_each_model(name: str) -> None:
         assert len(set(scale.grids.of(model))) == len(scale.grids.of(model))
 
 
+@pytest.mark.parametrize("name", [name for name in SCALES if name != "smoke"])
+def test_who_reads_the_memory_may_choose_of_the_same_kernels_and_neighbors(name: str) -> None:
+    """The vote, which costs least, of more neighbors."""
+    grids = SCALES[name].grids
+    mixture, rmsprop, sgd, vote = (
+        {(setting.neighbors, setting.bandwidth) for setting in grids.of(model)}
+        for model in ("mixture", "mbpa-rmsprop", "mbpa-sgd", "non-parametric")
+    )
+    assert mixture == rmsprop == sgd <= vote
+    assert len({bandwidth for _, bandwidth in vote}) > 1
+
+
 # Figure 5 -------------------------------------------------------------------------------------------------------------
 
 
@@ -744,6 +777,30 @@ def undrawn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plots, "save", lambda picture, path: None)
 
 
+needs_images = pytest.mark.skipif(
+    data_folder() is None or not list((data_folder() / "tiny-imagenet").glob("tiny-imagenet-200*")),
+    reason="Tiny-ImageNet is not at hand: set RECOLLECT_DATA to the folder that holds tiny-imagenet/",
+)
+
+
+@needs_images  # before the tests below, whose made-up images stay until the end of the module
+def test_table1_runs_at_its_smallest(tmp_path: Path) -> None:
+    status, printed, complaint = command("reproduce", "table1", "--scale", "smoke", "--out", str(tmp_path))
+    assert status == 0, complaint
+    assert "## Table 1: new and old classes" in printed
+    assert printed.startswith((tmp_path / "table.md").read_text())
+    with Image.open(tmp_path / "figure4.png") as picture:
+        assert min(picture.size) > 500
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert {row["images"] for row in of(rows, "curve", epochs=1.0)} == {200 * 10}
+    for split in (1, 2):
+        found = {row["model"]: row["all"]["top1"] for row in of(rows, "curve", epochs=0.0, split=split)}
+        assert found.pop("non-parametric") == 0.5, "an empty memory says one class of all images"
+        assert len(set(found.values())) == 1, "and changes no prediction of the others"
+    assert len(of(rows, "cost")) == len(MODELS)
+    assert TEST == 10
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """All tables and figures; for the tests below, which leave the folder as it is."""
@@ -778,14 +835,14 @@ def test_one_folder_holds_every_row_of_all_tables_and_figures(whole: Ran) -> Non
         "shots-tuning": 2 * 4 * len(MICRO.shots.images),
         "shots": splits * 4 * len(MICRO.shots.images),
     }
-    for name in (*PICTURES, "explanation.png"):
+    for name in (*PICTURES, "explanation-epochs-0.5.png"):
         with Image.open(whole.out / name) as picture:
             picture.verify()
             assert min(picture.size) > 500
     table = (whole.out / "table.md").read_text()
     assert whole.printed["new-classes"].startswith(table)
     titles = [line for line in table.splitlines() if line.startswith("## ")]
-    assert len(titles) == len(set(titles)) == 9
+    assert len(titles) == len(set(titles)) == 11
     assert without_files(whole.printed["table1"]).strip() in table
 
 
@@ -861,6 +918,7 @@ def test_another_scale_needs_another_folder(whole: Ran) -> None:
         assert "holds a run with other settings" in complaint
         assert "--out" in complaint
         assert len(complaint.splitlines()) == 1
+        assert "(scale=smoke there, small asked)" in complaint, "and none of the many that a scale stands for"
     assert command("explain", "--scale", "small", "--out", str(whole.out))[0] == 2
     assert {path: path.read_bytes() for path in whole.out.iterdir()} == before
 
@@ -892,31 +950,36 @@ def test_a_stopped_table_ends_like_one_left_alone(whole: Ran, tmp_path: Path, mo
         assert of(rows, part) == of(before, part)
 
     def numbers(table: str) -> list[str]:
-        """Leaves out the milliseconds, the last column of one table."""
-        return [re.sub(r"[^|]*\|$", "", line) for line in without_files(table).splitlines()]
+        """Leaves out the milliseconds, the second column of one table."""
+        before, title, cost = without_files(table).partition("## Cost beside the gain")
+        own, line, rest = cost.partition("## Settings")
+        assert title, line
+        return [before, *(re.sub(r"^(\|[^|]*\|)[^|]*\|", r"\1", one) for one in own.splitlines()), rest]
 
     assert numbers(printed) == numbers(whole.printed["table1"])
 
 
-needs_images = pytest.mark.skipif(
-    data_folder() is None or not list((data_folder() / "tiny-imagenet").glob("tiny-imagenet-200*")),
-    reason="Tiny-ImageNet is not at hand: set RECOLLECT_DATA to the folder that holds tiny-imagenet/",
-)
-
-
-@needs_images
-def test_table1_runs_at_its_smallest(tmp_path: Path) -> None:
-    status, printed, complaint = command("reproduce", "table1", "--scale", "smoke", "--out", str(tmp_path))
+@pytest.mark.parametrize("left", range(1, len(MODELS)))
+def test_costs_of_which_some_are_lost_are_all_taken_anew(
+    whole: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """Those of one table are measured side by side."""
+    undrawn(monkeypatch)
+    rows = read_rows(whole.out / "results.jsonl")
+    cost = of(rows, "cost")
+    old = [row | {"milliseconds": 1e6} for row in cost[:left]]
+    kept = of(rows, "tuning") + of(rows, "curve") + old
+    (tmp_path / "config.json").write_bytes((whole.out / "config.json").read_bytes())
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    status, printed, complaint = command("reproduce", "table1", "--out", str(tmp_path))
     assert status == 0, complaint
-    assert "## Table 1: new and old classes" in printed
-    assert printed.startswith((tmp_path / "table.md").read_text())
-    with Image.open(tmp_path / "figure4.png") as picture:
-        assert min(picture.size) > 500
-    rows = read_rows(tmp_path / "results.jsonl")
-    assert {row["images"] for row in of(rows, "curve", epochs=1.0)} == {200 * 10}
-    for split in (1, 2):
-        found = {row["model"]: row["all"]["top1"] for row in of(rows, "curve", epochs=0.0, split=split)}
-        assert found.pop("non-parametric") == 0.5, "an empty memory says one class of all images"
-        assert len(set(found.values())) == 1, "and changes no prediction of the others"
-    assert len(of(rows, "cost")) == len(MODELS)
-    assert TEST == 10
+    found = of(read_rows(tmp_path / "results.jsonl"), "cost")
+    assert [row["model"] for row in found] == [*MODELS[:left], *MODELS]
+    assert found[:left] == old
+    own = found[left:]
+    assert max(row["milliseconds"] for row in own) < 1e6
+    assert {row["entries"] for row in own} == {row["entries"] for row in cost}
+    assert "e+06" not in printed
+    monkeypatch.delattr(study, "tiny_imagenet")
+    assert command("reproduce", "table1", "--out", str(tmp_path))[0] == 0
+    assert of(read_rows(tmp_path / "results.jsonl"), "cost") == found

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,15 +57,17 @@ def made_up() -> dict[str, list[dict[str, Any]]]:
 
     def add(part: str, **key: Any) -> None:
         number = sum(map(len, parts.values()))
-        parts[part].append({"part": part, **key, "images": 1234, **worth(number)})
+        whole = {"curve": MARKS, "unbalanced": (20.0,)}
+        images = 1234 if key.get("epochs") in whole.get(part, ()) else 1001
+        parts[part].append({"part": part, **key, "images": images, **worth(number)})
 
     for model in MODELS:
         for (place, setting), mark in itertools.product(enumerate(GRID.of(model)), MARKS):
             add("tuning", model=model, place=place, epochs=mark, setting=dataclasses.asdict(setting))
-        parts["cost"].append({"part": "cost", "model": model, "milliseconds": len(model) / 7, "entries": 5})
+        parts["cost"].append({"part": "cost", "model": model, "milliseconds": len(model) / 7, "entries": 54_321})
     for split, epochs, model in itertools.product(SPLITS, POINTS, MODELS):
         add("curve", split=split, model=model, epochs=epochs)
-    for split, epochs in itertools.product(SPLITS, (0.1, 20.0)):
+    for split, epochs in itertools.product(SPLITS, (0.2, 20.0)):
         for model in MODELS:
             add("unbalanced", split=split, model=model, epochs=epochs)
         for capacity in (1000, 90_000):
@@ -105,12 +108,12 @@ def section(table: str, title: str) -> list[list[str]]:
     return [lines[0], *lines[2:]]
 
 
-def cell(values: Sequence[float], sign: str = "") -> str:
+def cell(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
     """Returns mean and standard error of one value for each split."""
     count = len(values)
     mean = sum(values) / count
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1)) / math.sqrt(count)
-    return f"{mean:{sign}.1f} +- {error:.1f}"
+    return f"{mean:{sign}.{digits}f} +- {error:.{digits}f}"
 
 
 def pick(rows: list[dict[str, Any]], group: str, **key: Any) -> list[float]:
@@ -157,51 +160,142 @@ def test_table1(tmp_path: Path, undrawn: list[str], marks: tuple[float, ...]) ->
     assert head == ["classes", "model", *(f"{name}, {mark:g}" for name in ("top-1", "AUC") for mark in marks)]
     wanted = []
     for group in ("new", "old"):
+        ours = {}
+        for model in MODELS:
+            ours[model] = [pick(rows, group, model=model, epochs=mark) for mark in marks]
+            ours[model] += [[curve_area(rows, group, model, split, mark) for split in SPLITS] for mark in marks]
+        columns = zip(*ours.values(), strict=True)
+        best = [MODELS[max(range(5), key=lambda place: sum(column[place]))] for column in columns]
+        assert len(set(best)) > 1, "not one model in all columns"
         for model in MODELS:
             paper = paper_of(group, model)
-            cells = [cell(pick(rows, group, model=model, epochs=mark)) for mark in marks]
-            cells += [cell([curve_area(rows, group, model, split, mark) for split in SPLITS]) for mark in marks]
+            cells = [cell(values) for values in ours[model]]
+            cells = [f"**{text}**" if model == top else text for text, top in zip(cells, best, strict=True)]
             beside = paper[: len(marks)] + paper[3 : 3 + len(marks)]
             wanted.append([group, TITLES[model], *(a + b for a, b in zip(cells, beside, strict=True))])
     assert lines == wanted
     assert "mean of 3 splits" in table
-    assert "1,234 test images" in table
+    assert "(1,234 test images)" in table
+    assert "1,001 images at the points between" in table
     assert (tmp_path / "table.md").read_text() == table
     assert undrawn == ["figure4.png"]
 
 
-def test_differences_are_paired(tmp_path: Path, undrawn: list[str]) -> None:
+def test_of_equal_means_each_is_the_best(tmp_path: Path, undrawn: list[str]) -> None:
+    """Whatever their standard errors."""
+    parts = made_up()
+    for row in parts["curve"]:
+        place, spread = MODELS.index(row["model"]), (2.0, 4.0, 4.0, 4.0, 6.0)[MODELS.index(row["model"])]
+        for group in GROUPS:
+            row[group]["top1"] = (40.0 if place in {1, 4} else 30.0) + spread * (row["split"] - 2)
+    table = report(folder_with(tmp_path, **parts), MARKS, SPLITS)
+    for line in section(table, "Table 1: new and old classes")[1:]:
+        best = line[1] in {TITLES[MODELS[1]], TITLES[MODELS[4]]}
+        assert [cell.startswith("**40.0 +- ") for cell in line[2:]] == [best] * 6
+
+
+def differences(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Returns the cell of differences split by split."""
+    return cell([a - b for a, b in zip(ours, theirs, strict=True)], "+")
+
+
+@pytest.mark.parametrize("marks", [MARKS, (0.1, 1.0)])
+def test_differences_are_paired(tmp_path: Path, undrawn: list[str], marks: tuple[float, ...]) -> None:
     parts = made_up()
     rows = parts["curve"]
-    table = report(folder_with(tmp_path, tuning=parts["tuning"], curve=rows), MARKS, SPLITS)
+    table = report(folder_with(tmp_path, tuning=parts["tuning"], curve=rows), marks, SPLITS)
     head, *lines = section(table, "What MbPA adds")
-    assert head == ["MbPA of", "classes", "minus", "top-1, 0.1", "top-1, 1", "top-1, 3"]
+    assert head == ["classes", "minus", "MbPA", *(f"{name}, {mark:g}" for name in ("top-1", "AUC") for mark in marks)]
+
+    def values(group: str, model: str) -> list[list[float]]:
+        tops = [pick(rows, group, model=model, epochs=mark) for mark in marks]
+        return [*tops, *([curve_area(rows, group, model, split, mark) for split in SPLITS] for mark in marks)]
+
     wanted = []
-    for group, other in (("new", "parametric"), ("new", "non-parametric"), ("new", "mixture"), ("old", "parametric")):
-        ours, theirs = ([float(n.strip(" ()")) for n in paper_of(group, name)[:3]] for name in ("mbpa-rmsprop", other))
-        wanted.append(["the paper", group, other, *(f"{a - b:+.1f}" for a, b in zip(ours, theirs, strict=True))])
+    for group, other in itertools.product(("new", "old"), ("parametric", "non-parametric", "mixture")):
+        ours, theirs = ([float(n.strip(" ()")) for n in paper_of(group, name)] for name in ("mbpa-rmsprop", other))
+        gaps = [f"{a - b:+.1f}" for a, b in zip(ours, theirs, strict=True)]
+        wanted.append([group, other, "the paper's", *gaps[: len(marks)], *gaps[3 : 3 + len(marks)]])
         for model in ("mbpa-rmsprop", "mbpa-sgd"):
-            cells = []
-            for mark in MARKS:
-                pairs = zip(*(pick(rows, group, model=name, epochs=mark) for name in (model, other)), strict=True)
-                cells.append(cell([a - b for a, b in pairs], "+"))
-            wanted.append([TITLES[model], group, other, *cells])
+            pairs = zip(values(group, model), values(group, other), strict=True)
+            wanted.append([group, other, TITLES[model], *(differences(*pair) for pair in pairs)])
     assert lines == wanted
-    assert lines[0][3:] == ["+30.0", "+10.9", "+7.8"]
+    if marks == MARKS:
+        assert lines[0][3:] == ["+30.0", "+10.9", "+7.8", "+21.7", "+16.0", "+11.1"]
 
 
-def test_calibration_and_cost(tmp_path: Path, undrawn: list[str]) -> None:
+def test_what_all_splits_have_alike_is_no_error_of_a_difference(tmp_path: Path, undrawn: list[str]) -> None:
     parts = made_up()
-    table = report(folder_with(tmp_path, **{p: parts[p] for p in ("tuning", "curve", "cost")}), MARKS, SPLITS)
-    head, *lines = section(table, "Calibration and cost")
-    assert head == ["model", *(f"{name}, {mark:g}" for name in ("ECE", "NLL") for mark in MARKS), "ms"]
+    for row in parts["curve"] + parts["unbalanced"]:
+        for group in GROUPS:
+            row[group]["top1"] = 10.0 * row["split"] + 2.0 * MODELS.index(row["model"]) + row["epochs"]
+    table = report(folder_with(tmp_path, **parts), MARKS, SPLITS)
+    for _, other, model, *cells in section(table, "What MbPA adds")[1:]:
+        if model != "the paper's":
+            named = next(name for name in MODELS if TITLES[name] == model)
+            assert cells == [f"{2 * (MODELS.index(named) - MODELS.index(other)):+.1f} +- 0.0"] * 6
+    for _, model, *cells in section(table, "What MbPA adds to unbalanced data after 20 epochs")[1:]:
+        place = [TITLES[name] for name in MODELS].index(model)
+        assert cells == [f"{2 * (place - other):+.1f} +- 0.0" for other in range(3)]
+    for line in section(table, "Table 1: new and old classes")[1:]:
+        assert all(cell.partition(" (")[0].strip("*").endswith("+- 5.8") for cell in line[2:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_rows_is_no_matter(tmp_path: Path, undrawn: list[str], seed: int) -> None:
+    """Splits may have been measured in any order; models of the last table stand as they come."""
+    parts = made_up()
+    wanted = report(folder_with(tmp_path / "one", **parts), MARKS, SPLITS)
+    mixed = {part: random.Random(seed).sample(rows, len(rows)) for part, rows in parts.items() if part != "shots"}
+    mixed["shots"] = sorted(parts["shots"], key=lambda row: -row["split"])
+    assert [row["split"] for row in mixed["curve"]] != [row["split"] for row in parts["curve"]]
+    found = report(folder_with(tmp_path / "other", **dict(reversed(mixed.items()))), MARKS, SPLITS)
+    assert found == wanted
+
+
+def test_calibration(tmp_path: Path, undrawn: list[str]) -> None:
+    parts = made_up()
+    table = report(folder_with(tmp_path, tuning=parts["tuning"], curve=parts["curve"]), MARKS, SPLITS)
+    head, *lines = section(table, "Calibration")
+    assert head == ["classes", "model", *(f"{name}, {mark:g}" for name in ("ECE", "NLL") for mark in MARKS)]
+    wanted = []
+    for group, model in itertools.product(("all", "new", "old"), MODELS):
+        cells = []
+        for name, digits in (("ece", 1), ("nll", 2)):
+            for mark in MARKS:
+                found = [r[group][name] for r in parts["curve"] if r["model"] == model and r["epochs"] == mark]
+                assert len(found) == len(SPLITS)
+                cells.append(cell(found, digits=digits))
+        wanted.append([group, TITLES[model], *cells])
+    assert lines == wanted
+
+
+def test_cost_stands_beside_the_gain(tmp_path: Path, undrawn: list[str]) -> None:
+    """Of all classes, over the parametric model; of costs that were measured twice the last ones count."""
+    parts = made_up()
+    stopped = [row | {"milliseconds": 1e6, "entries": 9} for row in parts["cost"][:2]]
+    some = {"tuning": parts["tuning"], "curve": parts["curve"]}
+    table = report(folder_with(tmp_path, **some, cost=stopped + parts["cost"]), MARKS, SPLITS)
+    head, *lines = section(table, "Cost beside the gain")
+    assert head == ["model", "ms", *(f"top-1, {mark:g}" for mark in MARKS)]
     for model, line in zip(MODELS, lines, strict=True):
-        found = [[r["all"] for r in parts["curve"] if r["model"] == model and r["epochs"] == mark] for mark in MARKS]
-        wanted = [f"{statistics.fmean(one['ece'] for one in some):.1f}" for some in found]
-        wanted += [f"{statistics.fmean(one['nll'] for one in some):.2f}" for some in found]
-        assert line == [TITLES[model], *wanted, f"{len(model) / 7:.3g}"]
-    rest = report(folder_with(tmp_path / "early", tuning=parts["tuning"], curve=parts["curve"]), MARKS, SPLITS)
-    assert {line[-1] for line in section(rest, "Calibration and cost")[1:]} == {""}, "before the time is taken"
+        ours, theirs = (
+            [pick(parts["curve"], "all", model=name, epochs=mark) for mark in MARKS] for name in (model, "parametric")
+        )
+        gains = [differences(*pair) for pair in zip(ours, theirs, strict=True)]
+        assert line == [TITLES[model], f"{len(model) / 7:.3g}", *gains]
+    assert lines[0][2:] == ["+0.0 +- 0.0"] * 3
+    assert "with 54,321 entries" in table
+
+
+@pytest.mark.parametrize("count", range(len(MODELS)))
+def test_before_all_costs_are_taken_there_is_no_table_of_them(tmp_path: Path, undrawn: list[str], count: int) -> None:
+    """A kill may leave some, and another experiment in the folder then writes its table."""
+    parts = made_up()
+    table = report(folder_with(tmp_path, **(parts | {"cost": parts["cost"][:count]})), MARKS, SPLITS)
+    assert "Cost beside" not in table
+    assert "## Calibration\n" in table
+    assert "## Settings\n" in table
 
 
 def test_settings(tmp_path: Path, undrawn: list[str]) -> None:
@@ -224,21 +318,36 @@ def test_figures_5_to_7(tmp_path: Path, undrawn: list[str]) -> None:
     parts = made_up()
     some = {part: parts[part] for part in ("unbalanced", "size", "rate", "neighbors")}
     table = report(folder_with(tmp_path, **some), MARKS, SPLITS)
-    epochs = (0.1, 20.0)
+    epochs = (0.2, 20.0)
     head, *lines = section(table, "Figure 5: unbalanced data")
-    assert head == ["classes", "model", "0.1", "20"]
+    assert head == ["classes", "model", "0.2", "20"]
     assert lines == [
         [title, TITLES[model], *(cell(pick(parts["unbalanced"], group, model=model, epochs=e)) for e in epochs)]
         for group, title in (("rare", "new, a tenth"), ("full", "new, all"), ("old", "old"), ("all", "all"))
         for model in MODELS
     ]
+    head, *lines = section(table, "What MbPA adds to unbalanced data after 20 epochs")
+    others = ("parametric", "non-parametric", "mixture")
+    assert head == ["classes", "MbPA", *(f"minus {other}" for other in others)]
+    last = {
+        (group, model): pick(parts["unbalanced"], group, model=model, epochs=20.0)
+        for group in ("rare", "full", "old", "all")
+        for model in MODELS
+    }
+    assert lines == [
+        [title, TITLES[model], *(differences(last[group, model], last[group, other]) for other in others)]
+        for group, title in (("rare", "new, a tenth"), ("full", "new, all"), ("old", "old"), ("all", "all"))
+        for model in ("mbpa-rmsprop", "mbpa-sgd")
+    ]
+    assert "1,234 test images at the last point, 1,001 before it" in table
+    assert table.count("1,001 test images.") == 3, "Figures 6 and 7"
     sweeps = {
         "Figure 6, left: the size of the memory": ("size", "capacity", {1000: "1,000", 90_000: "90,000"}),
         "Figure 7: the number of neighbors": ("neighbors", "neighbors", {5: "5", 50: "50"}),
     }
     for title, (part, name, values) in sweeps.items():
         head, *lines = section(table, title)
-        assert head[2:] == ["0.1 epochs", "20 epochs"]
+        assert head[2:] == ["0.2 epochs", "20 epochs"]
         assert lines == [
             [group, shown, *(cell(pick(parts[part], group, epochs=e, **{name: value})) for e in epochs)]
             for group in ("new", "old")
@@ -261,15 +370,17 @@ def test_shots(tmp_path: Path, undrawn: list[str]) -> None:
     parts = made_up()
     table = report(folder_with(tmp_path, shots=parts["shots"]), MARKS, SPLITS)
     head, *lines = section(table, "From the first image of a new class")
-    assert head == ["model", "classes", "1", "20", "seconds", "ms"]
+    assert head == ["model", "", "1", "20"]
     wanted = []
     for model in ("mbpa-sgd", "fine-tuning", "nearest-mean", "vote"):
-        own = [row for row in parts["shots"] if row["model"] == model]
-        last = [row for row in own if row["shots"] == 20]
-        seconds, each = (f"{statistics.median(row[n] for row in last):.3g}" for n in ("seconds", "milliseconds"))
+        own = [[row for row in parts["shots"] if row["model"] == model and row["shots"] == n] for n in (1, 20)]
         for group in ("new", "old"):
-            cells = [cell([row[group] for row in own if row["shots"] == shots]) for shots in (1, 20)]
-            wanted.append([TITLES[model], group, *cells, seconds, each])
+            cells = [cell([row[group] for row in some]) for some in own]
+            wanted.append([TITLES[model], f"{group} classes, %", *cells])
+        for name, title in (("seconds", "seconds until they count"), ("milliseconds", "ms of a prediction")):
+            assert all(len(some) == 3 for some in own)
+            medians = [sorted(row[name] for row in some)[1] for some in own]
+            wanted.append([TITLES[model], title, *(f"{median:.3g}" for median in medians)])
     assert lines == wanted
     assert undrawn == ["new-classes.png"]
 
@@ -288,9 +399,11 @@ def test_what_is_half_finished_is_left_out(tmp_path: Path, undrawn: list[str]) -
     assert [line for line in whole.splitlines() if line.startswith("## ")] == [
         "## Table 1: new and old classes",
         "## What MbPA adds",
-        "## Calibration and cost",
+        "## Calibration",
+        "## Cost beside the gain",
         "## Settings",
         "## Figure 5: unbalanced data",
+        "## What MbPA adds to unbalanced data after 20 epochs",
         "## Figure 6, left: the size of the memory",
         "## Figure 6, right: the learning rate of the parametric model",
         "## Figure 7: the number of neighbors",
@@ -329,7 +442,7 @@ def test_pictures_show_the_means_of_the_rows(tmp_path: Path, monkeypatch: pytest
         "figure4.png": ("curve", POINTS[1:], {"All classes": "all", "New classes": "new", "Old classes": "old"}),
         "figure5.png": (
             "unbalanced",
-            (0.1, 20.0),
+            (0.2, 20.0),
             {
                 "All classes": "all",
                 "Old classes": "old",
@@ -348,16 +461,16 @@ def test_pictures_show_the_means_of_the_rows(tmp_path: Path, monkeypatch: pytest
     for group in ("new", "old"):
         for capacity in (1000, 90_000):
             line = panels["figure6.png"][f"MbPA, {group} classes, by entries"][f"{capacity:,}"]
-            check(line, group, (0.1, 20.0), part="size", capacity=capacity)
+            check(line, group, (0.2, 20.0), part="size", capacity=capacity)
         rates = panels["figure6.png"][f"{group.capitalize()} classes, by the head's learning rate"]
         assert len(rates) == 6
         for model in ("mbpa-sgd", "mixture", "parametric"):
             for rate in (0.003, 0.3):
-                check(rates[f"{model}, rate {rate:.2g}"], group, (0.1, 20.0), part="rate", model=model, rate=rate)
+                check(rates[f"{model}, rate {rate:.2g}"], group, (0.2, 20.0), part="rate", model=model, rate=rate)
             assert rates[f"{model}, rate 0.003"].width < rates[f"{model}, rate 0.3"].width
         for count in (5, 50):
             line = panels["figure7.png"][f"MbPA, {group} classes, by neighbors"][str(count)]
-            check(line, group, (0.1, 20.0), part="neighbors", neighbors=count)
+            check(line, group, (0.2, 20.0), part="neighbors", neighbors=count)
         shots = panels["new-classes.png"][f"{group.capitalize()} classes"]
         for model in ("mbpa-sgd", "fine-tuning", "nearest-mean", "vote"):
             line = shots[TITLES[model]]
@@ -366,6 +479,15 @@ def test_pictures_show_the_means_of_the_rows(tmp_path: Path, monkeypatch: pytest
             ]
             assert list(line.x) == [1, 20]
             assert list(line.mean) == pytest.approx([statistics.fmean(one) for one in found])
+    assert list(panels["new-classes.png"]) == ["New classes", "Old classes", "From the keys to the first recognition"]
+    assert drawn["new-classes.png"][1]["ylabel"] == ("top-1 (%)", "top-1 (%)", "log10 of seconds")
+    for model, title in ((m, TITLES[m]) for m in ("mbpa-sgd", "fine-tuning", "nearest-mean", "vote")):
+        line = panels["new-classes.png"]["From the keys to the first recognition"][title]
+        own = [row for row in parts["shots"] if row["model"] == model]
+        for count, mean, error in zip((1, 20), line.mean, line.error, strict=True):
+            logs = [math.log10(row["seconds"]) for row in own if row["shots"] == count]
+            assert mean == pytest.approx(sum(logs) / 3)
+            assert error == pytest.approx(statistics.stdev(logs) / math.sqrt(3))
 
 
 def test_pictures_are_pictures(tmp_path: Path) -> None:
@@ -377,6 +499,50 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
             assert picture.format == "PNG"
             assert min(picture.size) > 500
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def lines_at(*points: float) -> list[plots.Curve]:
+    return [plots.Curve(name, points, [1.0] * len(points), [0.0] * len(points), "red") for name in ("a", "b")]
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of what would be saved."""
+    found: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda canvas, path: found.extend(canvas.axes))
+    return found
+
+
+def test_a_label_for_each_panel(tmp_path: Path, axes: list[Any]) -> None:
+    parts = [(title, lines_at(1.0, 2.0)) for title in ("one", "two", "three")]
+    plots.panels(parts, tmp_path / "x.png", xlabel="x", ylabel=("p", "q", "r"))
+    plots.panels(parts, tmp_path / "x.png", xlabel="x", ylabel="pqr")
+    shown = [panel for panel in axes if panel.get_title(loc="left")]
+    assert [panel.get_title(loc="left") for panel in shown] == ["one", "two", "three"] * 2
+    assert [panel.get_ylabel() for panel in shown] == ["p", "q", "r", "pqr", "pqr", "pqr"]
+    with pytest.raises(ValueError, match="zip"):
+        plots.panels(parts, tmp_path / "x.png", xlabel="x", ylabel=("p", "q"))
+
+
+@pytest.mark.parametrize("points", [(1, 2, 5, 10, 20), (0.1, 0.3, 1.0, 3.0, 7.0, 12.0, 20.0), tuple(range(1, 9))])
+def test_a_logarithmic_axis_has_a_tick_on_each_of_a_few_points(
+    tmp_path: Path, axes: list[Any], points: tuple[float, ...]
+) -> None:
+    lines = [*lines_at(*points[:-1]), *lines_at(*points[1:])]  # of both together
+    plots.panels([("one", lines)], tmp_path / "x.png", xlabel="x", ylabel="y", log=True)
+    (panel,) = (panel for panel in axes if panel.get_title(loc="left"))
+    panel.figure.canvas.draw()
+    assert panel.get_xscale() == "log"
+    assert panel.get_xticks().tolist() == pytest.approx(points)
+    assert [text.get_text() for text in panel.get_xticklabels()] == [f"{point:g}" for point in points]
+    assert not len(panel.get_xticks(minor=True))
+
+
+def test_ticks_of_many_points_are_powers_of_ten(tmp_path: Path, axes: list[Any]) -> None:
+    lines = lines_at(*(0.01 * 2**step for step in range(9)))
+    plots.panels([("one", lines)], tmp_path / "x.png", xlabel="x", ylabel="y", log=True)
+    (panel,) = (panel for panel in axes if panel.get_title(loc="left"))
+    assert {0.01, 0.1, 1.0} <= {round(float(tick), 6) for tick in panel.get_xticks()}
 
 
 def test_every_model_and_learner_has_a_title() -> None:

@@ -21,8 +21,8 @@ from recollect.data import Dataset
 from recollect.experiments import plots
 from recollect.experiments.incremental import new_classes, study
 from recollect.experiments.incremental.models import Adapted, Vote
-from recollect.experiments.incremental.new_classes import NewClasses, Task, first_images, run, teach
-from recollect.experiments.incremental.shots import NearestMean, Retrained, Shots, shots
+from recollect.experiments.incremental.new_classes import NewClasses, Task, draw, run, teach
+from recollect.experiments.incremental.shots import Learner, NearestMean, Retrained, Shots, shots
 from recollect.experiments.incremental.study import Halves, Study
 from recollect.experiments.runner import Progress, read_rows
 
@@ -123,13 +123,26 @@ def test_all_combinations_are_tried() -> None:
 # What is taught -------------------------------------------------------------------------------------------------------
 
 
-def test_first_images() -> None:
+def test_some_images_of_each_class_are_drawn(rng_untouched: Untouched) -> None:
     labels = torch.randint(4, (60,), generator=seeded())
-    rows = first_images(labels, 5)
+    with rng_untouched():
+        rows = draw(labels, 5, seeded(1))
     for label in range(4):
-        assert rows[label].tolist() == [i for i, one in enumerate(labels.tolist()) if one == label][:5]
-    smallest = int(labels.bincount().min())
-    assert first_images(labels, 1000).shape == (4, smallest)
+        assert len(rows[label].unique()) == 5
+        assert (labels[rows[label]] == label).all()
+    assert torch.equal(draw(labels, 5, seeded(1)), rows)
+    assert not torch.equal(draw(labels, 5, seeded(2)), rows)
+    assert torch.equal(draw(labels, 3, seeded(1)), rows[:, :3])
+    everything = draw(labels, 1000, seeded(1))
+    assert everything.shape == (4, int(labels.bincount().min()))
+    assert torch.equal(everything[:, :5], rows)
+
+
+def test_every_image_is_as_likely_to_be_drawn() -> None:
+    labels, draws, g = torch.arange(3).repeat(10), 3000, seeded()
+    counts = torch.stack([draw(labels, 2, g) for _ in range(draws)]).flatten().bincount(minlength=30)
+    assert int(counts.sum()) == draws * 6
+    assert (counts - draws / 5).abs().max() < 5 * (draws * 0.2 * 0.8) ** 0.5
 
 
 @pytest.fixture
@@ -137,7 +150,12 @@ def halves(micro: Path) -> Halves:
     return Study(NewClasses(out=micro)).halves(1)
 
 
+ADAPTED = Adapted("sgd", 4, 0.1, 2)
 TAUGHT = Shots((1, 2, 5), kept=3, grids={})
+
+
+def taught(halves: Halves, seed: int = 1) -> Task:
+    return teach(halves, halves.test, TAUGHT, generator=seeded(seed))
 
 
 def named(halves: Halves) -> list[int]:
@@ -147,7 +165,7 @@ def named(halves: Halves) -> list[int]:
 
 
 def test_labels_stand_in_a_new_order_and_old_classes_predict_what_they_did(halves: Halves) -> None:
-    before, task = halves.features.head(), teach(halves, halves.test, TAUGHT)
+    before, task = halves.features.head(), taught(halves)
     order = named(halves)
     assert task.head.out_features == CLASSES
     for place, label in enumerate(order[:OLD]):
@@ -162,16 +180,23 @@ def test_labels_stand_in_a_new_order_and_old_classes_predict_what_they_did(halve
     torch.testing.assert_close(own, old)
 
 
-def test_images_are_counted_and_nested(halves: Halves) -> None:
-    task, order = teach(halves, halves.test, TAUGHT), named(halves)
+def test_images_are_counted_and_those_that_are_drawn(halves: Halves) -> None:
+    task, order = taught(halves), named(halves)
     assert task.held.labels.bincount().tolist() == [3] * OLD, "of old classes, as many as are kept"
     assert task.taught.labels.tolist() == list(range(OLD, CLASSES)) * 5, "one of each after the other"
+    drawn = draw(halves.train.labels, 5, seeded(1))
     for data in (task.held, task.taught):
         seen = dict.fromkeys(range(CLASSES), 0)
         for key, label in zip(data.inputs, data.labels.tolist(), strict=True):
-            own = (halves.train.labels == order[label]).nonzero().squeeze(1)
-            assert torch.equal(key, halves.train.inputs[own[seen[label]]]), "the first images of a class"
+            row = drawn[order[label], seen[label]]
+            assert int(halves.train.labels[row]) == order[label]
+            assert torch.equal(key, halves.train.inputs[row])
             seen[label] += 1
+    other = taught(halves, 2)
+    assert not torch.equal(other.taught.inputs, task.taught.inputs)
+    assert not torch.equal(other.held.inputs, task.held.inputs)
+    for same, its in (("labels", task.taught), ("inputs", task.test)):
+        assert torch.equal(getattr(other.taught if same == "labels" else other.test, same), getattr(its, same))
 
 
 class Spy:
@@ -193,19 +218,19 @@ class Spy:
 
 
 def test_every_learner_has_the_same_images(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, spy = teach(halves, halves.test, TAUGHT), Spy(monkeypatch)
+    task, spy = taught(halves), Spy(monkeypatch)
     for count in TAUGHT.images:
         for setting in (Retrained(0.1, 1), Vote(1, None)):
             new_classes._worth(task, setting, count)
         tuned, voted = spy.held[-2:]
         assert bits(tuple(tuned)) == bits(tuple(voted))
         assert tuned.labels.bincount().tolist() == [3] * OLD + [count] * (CLASSES - OLD)
-        taught = tuned.take(slice(3 * OLD, None))
-        assert torch.equal(taught.inputs, task.taught.inputs[: len(taught.inputs)])
+        new = tuned.take(slice(3 * OLD, None))
+        assert torch.equal(new.inputs, task.taught.inputs[: len(new.inputs)])
 
 
 def test_worth(halves: Halves) -> None:
-    task = teach(halves, halves.test, TAUGHT)
+    task = taught(halves)
     assert isinstance(task, Task)
     found = new_classes._worth(task, NearestMean(angle=False), 5)
     held = Dataset(torch.cat([task.held.inputs, task.taught.inputs]), torch.cat([task.held.labels, task.taught.labels]))
@@ -217,7 +242,34 @@ def test_worth(halves: Halves) -> None:
     for name, hits in right.items():
         assert found[name] == pytest.approx(100 * sum(hits) / len(hits), abs=1e-3)
     assert len(right["new"]) == len(right["old"]) == OLD * TEST
-    assert found["seconds"] >= 0 < found["milliseconds"]
+    assert found["seconds"] > 0 < found["milliseconds"]
+
+
+@pytest.mark.parametrize("setting", [NearestMean(angle=False), Retrained(0.1, 1), Vote(1, None), ADAPTED])
+def test_seconds_last_until_a_first_image_is_recognized(
+    halves: Halves, monkeypatch: pytest.MonkeyPatch, setting: Learner
+) -> None:
+    """And what a first prediction alone does, does not count for those after it."""
+    clock, asked = [100.0], []
+
+    class Slow(nn.Module):
+        likelihood = Parametric(nn.Linear(1, 1)).likelihood
+
+        def forward(self, keys: Tensor, *, before: None = None) -> Tensor:
+            clock[0] += 0.002 * len(keys) if asked else 5.0
+            asked.append(len(keys))
+            return torch.zeros(len(keys), CLASSES).log_softmax(1)
+
+    def learned(*_: Any) -> Slow:
+        clock[0] += 3.0
+        return Slow()
+
+    monkeypatch.setattr(type(setting), "predictor", learned)
+    monkeypatch.setattr(new_classes.time, "perf_counter", lambda: clock[0])
+    found = new_classes._worth(taught(halves), setting, 2)
+    assert asked[0] == 1
+    assert found["seconds"] == pytest.approx(8.0)
+    assert found["milliseconds"] == pytest.approx(2.0)
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -244,7 +296,8 @@ def test_settings_are_chosen_on_validation_images_of_the_first_split(
     assert {(row["split"], row["shots"]) for row in rows if row["part"] == "shots"} == {
         (split, count) for split in (1, 2) for count in MICRO.shots.images
     }
-    task = teach(one := Study(NewClasses(out=micro)).halves(0), one.valid.take(slice(None, None, 2)), MICRO.shots)
+    one = Study(NewClasses(out=micro)).halves(0)
+    task = teach(one, one.valid.take(slice(None, None, 2)), MICRO.shots, generator=seeded(0))
     assert task.test.labels.bincount().tolist() == [TRAIN // 10 // MICRO.every] * CLASSES
     for row in tried:
         setting = MICRO.shots.grids[row["model"]][row["place"]]
@@ -264,13 +317,34 @@ def test_settings_are_chosen_on_validation_images_of_the_first_split(
     assert changed == {"shots"}
 
 
+def test_each_split_has_images_of_its_own_draw(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in each run, wherever it was stopped."""
+    seeds = []
+
+    def watched(*given: Any, generator: torch.Generator) -> Task:
+        seeds.append(generator.initial_seed())
+        fresh = torch.Generator().manual_seed(seeds[-1])
+        assert torch.equal(generator.get_state(), fresh.get_state()), "nothing was drawn from it before"
+        return teach(*given, generator=generator)
+
+    monkeypatch.setattr(new_classes, "teach", watched)
+    run(NewClasses(out=micro))
+    assert seeds == [0, 1, 2]
+    for row in read_rows(micro / "results.jsonl"):
+        if row["part"] == "shots":
+            halves = Study(NewClasses(out=micro)).halves(row["split"])
+            task = teach(halves, halves.test, MICRO.shots, generator=seeded(row["split"]))
+            setting = next(s for s in MICRO.shots.grids[row["model"]] if asdict(s) == row["setting"])
+            assert row["all"] == new_classes._worth(task, setting, row["shots"])["all"]
+
+
 def test_a_stopped_run_goes_on_and_a_finished_one_measures_nothing(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = run(NewClasses(out=micro))
     alone = without_times(read_rows(micro / "results.jsonl"))
     advance = Progress.advance
-    for stop in (1, 7, 13, 20, 30):
+    for stop in (1, 7, 13, 10, 5):
         left = [stop]
 
         def stopping(self: Progress, amount: float, title: str | None = None, *, left: list[int] = left) -> None:
@@ -305,5 +379,5 @@ def test_more_images_than_there_are(micro: Path, monkeypatch: pytest.MonkeyPatch
     """A reduced data set has fewer than are kept otherwise."""
     many = replace(MICRO.shots, kept=500)
     halves = Study(NewClasses(out=micro)).halves(1)
-    task = teach(halves, halves.test, many)
+    task = teach(halves, halves.test, many, generator=seeded(1))
     assert task.held.labels.bincount().tolist() == [TRAIN * 9 // 10] * OLD

@@ -25,6 +25,26 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(tmp_path: Path) 
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_of_another_scale_only_the_scale_is_named(tmp_path: Path) -> None:
+    Run(tmp_path, {"scale": "smoke", "steps": 5, "rates": [0.1] * 50}).add(seed=0)
+    with pytest.raises(SettingError) as caught:
+        Run(tmp_path, {"scale": "small", "steps": 6, "rates": [0.2] * 50})
+    assert "(scale=smoke there, small asked)" in str(caught.value)
+    with pytest.raises(SettingError, match=r"\(steps=5 there, 6 asked\)"):
+        Run(tmp_path, {"scale": "smoke", "steps": 6, "rates": [0.1] * 50})
+
+
+def test_of_long_values_the_part_that_differs_is_shown(tmp_path: Path) -> None:
+    Run(tmp_path, {"grid": {"rates": list(range(500))}}).add(seed=0)
+    with pytest.raises(SettingError) as caught:
+        Run(tmp_path, {"grid": {"rates": [7] * 500}})
+    text = str(caught.value).removeprefix(str(tmp_path))
+    assert "grid={'rates': [0, 1, 2," in text
+    assert "... there, {'rates': [7, 7, 7," in text
+    assert len(text) < 300
+    assert len(text.splitlines()) == 1
+
+
 def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2, "b"')

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +33,7 @@ from recollect.errors import (
     SettingError,
     ShapeError,
 )
+from recollect.integrations import sklearn_memory
 from recollect.integrations.sklearn import MbPAClassifier, MbPARegressor
 
 ALL_CHECKS = """
@@ -136,26 +138,138 @@ def test_announced_classes_have_outputs() -> None:
     assert model.network_.head.out_features == 5
 
 
-def test_a_label_is_corrected() -> None:
-    """Even one that it was trained with: the memory keeps the latest of equal inputs."""
+def test_a_label_is_corrected_by_forget_and_partial_fit() -> None:
+    """Even one that it was trained with."""
     inputs, labels = load_digits(return_X_y=True)
     inputs, labels = inputs[:300], labels[:300].copy()
     truth, labels[7] = labels[7], (labels[7] + 1) % 10
     model = quick().fit(inputs, labels)
     size = len(model.memory_)
     assert model.predict(inputs[7:8]) == labels[7]
+    assert model.forget(inputs[[7, 7]]) == 1
     model.partial_fit(inputs[7:8], [truth])
     assert model.predict(inputs[7:8]) == truth
-    assert len(model.memory_) == size
+    assert len(model.memory_) == model.memory_.capacity == size  # in the place that became free
     others = np.delete(np.arange(300), 7)
     assert model.score(inputs[others], labels[others]) > 0.98
 
 
-def test_many_equal_inputs_are_replaced_and_those_that_come_together_stay() -> None:
-    model = quick(MbPARegressor, neighbors=40).fit(np.zeros((30, 2)), np.arange(30.0))
-    model.partial_fit(np.zeros((2, 2)), [100.0, 200.0])
-    assert len(model.memory_) == 2
-    assert model.predict(np.zeros((1, 2)))[0] == pytest.approx(150, rel=0.1)
+def test_a_target_is_corrected_by_forget_and_partial_fit() -> None:
+    inputs, targets = load_diabetes(return_X_y=True)
+    model = quick(MbPARegressor, neighbors=1, local_rate=1.0).fit(inputs, targets)
+    assert model.forget(inputs[:1]) == 1
+    model.partial_fit(inputs[:1], [1000.0])
+    assert model.predict(inputs[:1])[0] == pytest.approx(1000, abs=50)
+
+
+@EITHER
+def test_forget_takes_back_exactly_these_inputs(kind: type) -> None:
+    inputs, labels = iris()
+    inputs = np.unique(inputs, axis=0)
+    labels = np.arange(len(inputs)) % 3
+    model = quick(kind, hidden_sizes=()).fit(np.repeat(inputs, 3, axis=0), np.repeat(labels, 3))
+    ask = model.predict_proba if kind is MbPAClassifier else model.predict
+    before, (size, slots) = ask(inputs), (len(model.memory_), model.memory_.capacity)
+    assert model.forget(inputs + 1e-3) == 0
+    assert np.array_equal(ask(inputs), before)
+    assert model.partial_fit(inputs[[4, 4]], labels[[4, 4]]).forget(inputs[[4, 9]]) == 8
+    assert model.forget(inputs[[4, 9]]) == 0
+    assert len(model.memory_) == size - 6
+    far = model.memory_.read(model.network_.keys(torch.tensor(inputs[[4, 9]])), 1).distances
+    assert far.min() > 0
+    near = model.memory_.read(model.network_.keys(torch.tensor(np.delete(inputs, [4, 9], axis=0))), 3).distances
+    assert near.max() == 0  # all others are there
+    model.set_params(local_steps=0)
+    alone = ask(inputs)
+    model.set_params(local_steps=10)
+    assert model.forget(inputs) == size - 6
+    assert np.array_equal(ask(inputs), alone)  # what the network predicts by itself
+    assert model.forget(inputs) == 0
+    assert model.partial_fit(inputs, labels).memory_.capacity <= 2 * slots
+    with pytest.raises(ValueError, match="has 3 features"):
+        model.forget(inputs[:, :3])
+    with pytest.raises(NotFittedError):
+        quick(kind).forget(inputs)
+
+
+def test_zeros_of_either_sign_are_equal() -> None:
+    model = quick(hidden_sizes=()).fit([[-1.0, 1.0], [1.0, -1.0], [0.0, -0.0]], [0, 1, 0])
+    assert set(model.memory_.keys.sign().flatten().tolist()) == {-1, 0, 1}
+    assert model.forget([[-0.0, 0.0]]) == 1
+    assert model.forget([[0.0, 0.0]]) == 0  # an empty slot is no memory, though it is filled with zeros
+
+
+def test_forgetting_is_fast_with_thousands_of_twins_and_a_large_memory() -> None:
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(40_000, 8))
+    inputs[::8] = 0.5
+    model = quick(hidden_sizes=(64,)).fit(inputs[:50], np.arange(50) % 3)
+    model.partial_fit(inputs[50:], np.zeros(39_950, dtype=int))
+    looked_up = []
+    index_search = model.memory_.index.search
+    model.memory_.index.search = lambda *given: looked_up.append(1) or index_search(*given)
+    start = time.process_time()
+    assert model.forget(inputs[:200]) == 5000 + 175
+    assert time.process_time() - start < 5  # about 0.1
+    assert looked_up == []
+
+
+@EITHER
+def test_one_batch_is_the_same_as_row_by_row(kind: type) -> None:
+    """Replicates with different labels included; classes in another order."""
+    inputs, labels = iris()
+    more = np.repeat(inputs[:40], 3, axis=0)[::-1]
+    more_labels = np.random.default_rng(0).integers(0, 5, 120)
+    batch, rows = (quick(kind).fit(inputs, labels) for _ in range(2))
+    batch.partial_fit(more, more_labels)
+    for row, label in zip(more, more_labels, strict=True):
+        rows.partial_fit(row[None], [label])
+    assert len(batch.memory_) == len(rows.memory_) == 270
+    ask = [model.predict_proba if kind is MbPAClassifier else model.predict for model in (batch, rows)]
+    assert np.allclose(ask[0](inputs), ask[1](inputs), atol=1e-10)
+    assert np.array_equal(batch.predict(inputs), rows.predict(inputs)) or kind is MbPARegressor
+
+
+def test_replicates_and_noisy_labels_are_kept() -> None:
+    """Four inputs, of which all labels but a fifth are the one that is predicted."""
+    inputs = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])[np.arange(400) % 4]
+    noisy = np.where(np.random.default_rng(0).random(400) < 0.2, 1 - inputs[:, 0], inputs[:, 0]).astype(int)
+    model = quick(neighbors=100).fit(inputs, noisy)
+    for row in range(20):
+        model.partial_fit(inputs[row : row + 1], 1 - noisy[row : row + 1])
+    assert len(model.memory_) == 420
+    assert np.array_equal(model.predict(inputs[:4]), inputs[:4, 0])
+    regressor = quick(MbPARegressor, neighbors=40).fit(np.zeros((30, 2)), np.arange(30.0))
+    regressor.partial_fit(np.zeros((10, 2)), np.full(10, 100.0))
+    assert regressor.predict(np.zeros((1, 2)))[0] == pytest.approx((435 + 1000) / 40, rel=0.05)
+
+
+@EITHER
+@pytest.mark.parametrize("hidden_sizes", [(), (16,)])
+def test_what_is_far_away_changes_no_prediction_elsewhere(kind: type, hidden_sizes: tuple[int, ...]) -> None:
+    inputs, labels = iris()
+    model = quick(kind, hidden_sizes=hidden_sizes).fit(inputs, labels)
+    ask = model.predict_proba if kind is MbPAClassifier else model.predict
+    before = ask(inputs)
+    model.partial_fit(1e3 * np.ones((1, 4)), [1])
+    assert np.array_equal(ask(inputs), before)
+    model.partial_fit(1e4 * np.random.default_rng(0).normal(size=(400, 4)), np.full(400, 2))
+    taken = model.memory_.read(model.network_.keys(torch.tensor(inputs)), model.neighbors).slots.max(1).values
+    elsewhere = (taken < 150).numpy()
+    assert elsewhere.sum() > 20
+    assert np.array_equal(ask(inputs)[elsewhere], before[elsewhere])
+
+
+def test_a_regressor_learns_from_far_longer_keys() -> None:
+    """Gradient descent on keys 1000 times as long as those in fit: a smaller step, and the same outcome."""
+    inputs, targets = load_diabetes(return_X_y=True)
+    model = quick(MbPARegressor, hidden_sizes=(), local_rate=1.0, neighbors=1).fit(inputs, targets)
+    far = 1e3 * inputs[:40]
+    model.partial_fit(far, targets[:40])
+    assert np.allclose(model.predict(far), targets[:40], rtol=1e-6)
+    model.set_params(neighbors=8, local_rate=1.9, local_steps=500)
+    assert np.isfinite(model.predict(far)).all()
+    assert np.abs(model.predict(inputs) - targets.mean()).max() < 5 * targets.std()
 
 
 def by_hand(model: Any, values: torch.Tensor, inputs: np.ndarray, rate: float, **settings: Any) -> torch.Tensor:
@@ -231,6 +345,59 @@ def test_random_state_decides_everything_and_torchs_is_left_alone(
     weights = [model.network_.head.weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_capacity_is_a_limit_and_no_claim() -> None:
+    inputs, labels = iris()
+    model = quick(capacity=10**12).fit(inputs, labels)
+    assert model.memory_.capacity == 150
+    assert quick(capacity=10**30).fit(inputs[:3], [0, 1, 1]).memory_.capacity == 3
+    model.set_params(capacity=400).partial_fit(inputs[:1], labels[:1])
+    assert (len(model.memory_), model.memory_.capacity) == (151, 300)
+    for _ in range(2):
+        model.partial_fit(inputs + 0.1, labels)
+    assert len(model.memory_) == model.memory_.capacity == 400
+    model.set_params(capacity=10)
+    assert model.forget(inputs[:1] - 5) == 0
+    assert len(model.memory_) == 400  # until the next write
+    model.partial_fit(inputs[:3] + 0.2, labels[:3])
+    assert len(model.memory_) == model.memory_.capacity == 10
+    newest = torch.tensor(np.concatenate([inputs[-7:] + 0.1, inputs[:3] + 0.2]))
+    order = model.memory_.written.argsort()
+    assert torch.equal(model.memory_.keys[order], model.network_.keys(newest))
+    model.set_params(capacity=None).partial_fit(inputs[:1], labels[:1])
+    assert (len(model.memory_), model.memory_.capacity) == (11, 20)
+    model.set_params(capacity=5).partial_fit(inputs, labels)
+    assert (len(model.memory_), model.memory_.capacity) == (5, 5)
+
+
+@EITHER
+def test_a_refused_write_changes_nothing(kind: type) -> None:
+    model = quick(kind, hidden_sizes=()).fit(*iris())
+    memory, state = model.memory_, {name: tensor.clone() for name, tensor in model.memory_.state_dict().items()}
+    for capacity in (None, 10):
+        with pytest.raises(NonFiniteError, match="row 1"):
+            model.set_params(capacity=capacity).partial_fit([[0.0] * 4, [1e30] * 4], [0, 1])
+        assert model.memory_ is memory
+    assert all(torch.equal(tensor, state[name]) for name, tensor in memory.state_dict().items())
+
+
+@EITHER
+def test_many_rows_are_predicted_a_part_at_a_time(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, labels = iris()
+    model = quick(kind, hidden_sizes=()).fit(inputs, labels)
+    ask = model.predict_proba if kind is MbPAClassifier else model.predict
+    many, sizes = np.repeat(inputs, 20, axis=0), []
+    keys = model.network_.keys
+    monkeypatch.setattr(model.network_, "keys", lambda rows: sizes.append(len(rows)) or keys(rows))
+    in_parts = ask(many)
+    assert sizes == [1024, 1024, 952]
+    monkeypatch.setattr(sklearn_memory, "_PREDICTED", 3000)
+    assert np.allclose(in_parts, ask(many), atol=1e-12)
+    monkeypatch.undo()
+    many[2900] = 1e30
+    with pytest.raises(NonFiniteError, match="row 2900 of X is so far away"):
+        model.predict(many)
 
 
 def test_the_memory_grows_or_keeps_to_its_capacity() -> None:
@@ -359,7 +526,7 @@ def test_only_a_whole_save_of_this_class_is_loaded(tmp_path: Path) -> None:
         MbPARegressor.load(folder)
     with pytest.raises(MissingDataError, match="no folder"):
         MbPAClassifier.load(tmp_path / "nowhere")
-    with pytest.raises(SettingError, match="MbPAClassifier that recollect cannot build by itself"):
+    with pytest.raises(SettingError, match=r"MbPAClassifier for scikit-learn \(use MbPAClassifier\.load of recollect"):
         recollect.load(folder)
     recollect.save(model.memory_, tmp_path / "memory")
     with pytest.raises(FormatError, match=r"no estimator\. Use recollect\.load"):
@@ -382,6 +549,8 @@ def test_only_a_whole_save_of_this_class_is_loaded(tmp_path: Path) -> None:
         (("learned",), {}),
         (("learned", "labels"), [1, 2]),
         (("learned", "dtype"), "no such"),
+        (("learned", "reference"), -1.0),
+        (("learned", "reference"), "long"),
         (("settings",), {"depth": 3}),
     ],
 )
@@ -396,6 +565,16 @@ def test_what_contradicts_itself_is_not_loaded(path: tuple[str, ...], value: Any
     part[path[-1]] = value
     recollect.persistence.snapshot.write(folder, inside, tensors)
     with pytest.raises(FormatError, match="cannot be restored"):
+        MbPAClassifier.load(folder)
+
+
+def test_a_save_of_an_older_version_says_so(tmp_path: Path) -> None:
+    folder = folder_of(quick().fit(*iris()), tmp_path)
+    description, tensors = recollect.persistence.snapshot.read(folder)
+    inside = {key: description[key] for key in ("model", "parameters", "evaluating", "estimator")}
+    del inside["estimator"]["learned"]["reference"]
+    recollect.persistence.snapshot.write(folder, inside, tensors)
+    with pytest.raises(FormatError, match=r"no save of an older recollect does\. Fit and save it again\."):
         MbPAClassifier.load(folder)
 
 

@@ -206,7 +206,8 @@ def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
         raise FormatError(f"wnids.txt in {source} names no class. Fetch it again.")
     folders: dict[str, list[str]] = defaultdict(list)
     for path in sorted(files):
-        if path.startswith("train/") and path.endswith(".JPEG"):
+        # What some systems leave beside each file begins with a dot.
+        if path.startswith("train/") and path.endswith(".JPEG") and not PurePosixPath(path).name.startswith("."):
             folders[path.split("/")[1]].append(path)
     test: dict[str, list[str]] = defaultdict(list)
     for line in sorted(files[_ANNOTATIONS].decode("utf-8", "replace").splitlines()):
@@ -236,7 +237,9 @@ def _pixels(source: Path, files: Mapping[str, bytes], paths: list[str]) -> UInt8
         try:
             with Image.open(io.BytesIO(files[path])) as image:
                 content, size = image.convert("RGB").tobytes(), image.size
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        except UnidentifiedImageError as error:
+            raise FormatError(f"{path} in {source} cannot be decoded: it is no image. Fetch it again.") from error
+        except (Image.DecompressionBombError, OSError, SyntaxError) as error:
             raise FormatError(f"{path} in {source} cannot be decoded ({error}). Fetch it again.") from error
         if size != (_SIDE, _SIDE):
             raise FormatError(

@@ -16,6 +16,9 @@ BLUE, ORANGE, GREEN, RED, GRAY, PURPLE = "#1f6fb4", "#e07b1a", "#2f9e5b", "#c23b
 BROWN, CYAN, PALE_BLUE, NAVY = "#a0703c", "#3aa6a6", "#8fb4d9", "#10375c"
 
 
+_MOST_TICKS = 8  # of a logarithmic axis, if each point has one
+
+
 class Curve(NamedTuple):
     """One line of a figure: the mean over seeds and its standard error at each point."""
 
@@ -86,6 +89,10 @@ def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylab
     axes.set_ylabel(ylabel)
     if log:
         axes.set_xscale("log")
+        points = sorted({x for line in lines for x in line.x})
+        if len(points) <= _MOST_TICKS:
+            axes.set_xticks(points)
+            axes.minorticks_off()
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -93,7 +100,12 @@ def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylab
 
 
 def panels(
-    parts: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, xlabel: str, ylabel: str, log: bool = False
+    parts: Sequence[tuple[str, Sequence[Curve]]],
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str | Sequence[str],
+    log: bool = False,
 ) -> None:
     """Draws lines in panels of their own, two beside each other, with a band of one standard error.
 
@@ -101,13 +113,14 @@ def panels(
         parts: Each panel's title and lines.
         path: The PNG.
         xlabel: What the horizontal axes show; whole numbers, or on a logarithmic scale any.
-        ylabel: What the vertical axes show.
+        ylabel: What the vertical axes show, or what each of them shows.
         log: Whether the horizontal axes are logarithmic.
     """
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
-    for (title, lines), panel in zip(parts, axes, strict=True):
+    labels = [ylabel] * len(parts) if isinstance(ylabel, str) else ylabel
+    for (title, lines), panel, label in zip(parts, axes, labels, strict=True):
         dress(panel)
-        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=ylabel, log=log)
+        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=label, log=log)
     save(picture, path)
 
 

@@ -8,6 +8,7 @@
 A run that was stopped goes on where it was: what ``results.jsonl`` holds is not measured again.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import torch
 
 from recollect.errors import FormatError, SettingError
 
+_MOST_LETTERS = 80  # of a setting in a message
 _SECONDS_BETWEEN_LINES = 20.0  # of the progress display where the output is no terminal
 
 
@@ -63,7 +65,10 @@ class Run:
             before = {"settings": plain, "commands": []}
         other = sorted(k for k in plain.keys() | before["settings"].keys() if plain.get(k) != before["settings"].get(k))
         if other:
-            what = ", ".join(f"{k}={before['settings'].get(k)} there, {plain.get(k)} asked" for k in other)
+            other = ["scale"] if "scale" in other else other  # which stands for many others
+            there, asked = before["settings"], plain
+            pairs = {name: (there.get(name), asked.get(name)) for name in other}
+            what = ", ".join(f"{k}={_shortly(a, b)} there, {_shortly(b, a)} asked" for k, (a, b) in pairs.items())
             raise SettingError(f"{folder} holds a run with other settings ({what}). Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["recollect", *sys.argv[1:]])
@@ -92,6 +97,16 @@ class Run:
     def write_table(self, text: str) -> None:
         """Writes table.md."""
         write_text(self.folder / "table.md", text)
+
+
+def _shortly(value: object, other: object) -> str:
+    """Returns a value as text, of a long one the part around where it differs from the other."""
+    text = str(value)
+    if len(text) <= _MOST_LETTERS:
+        return text
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, str(other), strict=False)))
+    start = max(0, same - _MOST_LETTERS // 2)
+    return f"{'... ' if start else ''}{text[start : start + _MOST_LETTERS]} ..."
 
 
 def refuse_strange(config: Path, *files: Path) -> None:

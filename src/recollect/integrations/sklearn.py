@@ -2,6 +2,7 @@
 
     model = MbPAClassifier(random_state=0).fit(X, y)     # trains a small network, and remembers the examples
     model.partial_fit(X_new, y_new)                      # remembers more, of classes old and new; trains nothing
+    model.forget(X_wrong)                                # takes back what it learned for these inputs
     model.predict(X_test)                                # the head fits itself to the memories near each row
     model.save("model"), MbPAClassifier.load("model")    # JSON and safetensors, no pickle
 
@@ -9,23 +10,21 @@ Who imports this module has or wants scikit-learn, so it is imported at the top,
 """
 
 import math
-import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from recollect.adaptation import LocalAdaptation, rules
-from recollect.errors import FormatError, MissingExtraError, ShapeError
+from recollect.adaptation import Adaptation
+from recollect.errors import MissingExtraError, ShapeError
 from recollect.heads import grow
+from recollect.integrations import sklearn_memory as store
 from recollect.integrations import sklearn_network as inner
+from recollect.integrations.sklearn_folder import Saveable
 from recollect.likelihoods import Categorical, Gaussian, Likelihood
-from recollect.mbpa import MbPA
 from recollect.memory import EpisodicMemory
 
 try:
@@ -39,69 +38,45 @@ except ImportError as error:
         "recollect.integrations.sklearn needs scikit-learn 1.6 or newer: pip install 'recollect[sklearn]'."
     ) from error
 
-_Kind = TypeVar("_Kind", bound="_Estimator")
 
-
-class _Estimator(BaseEstimator, ABC):
+class _Estimator(Saveable, BaseEstimator):
     """What classifier and regressor share: settings, one network, one memory, and a folder to keep them in."""
 
     _likelihood: Likelihood
     _loss: inner.Loss
     _too_fast: float  # what local_rate must be below
-    _reference: Callable[[Tensor], Tensor]  # the squared length, of those in the memory, that sets the scale of steps
+    _adaptation: Callable[[float, int, float], Adaptation]  # from local_rate, local_steps and the reference
+    _typical: Callable[[Tensor], Tensor]  # which of the keys' squared lengths in ``fit`` sets the scale of steps
+    _reference: float  # that squared length
 
     random_state: Any
     network_: inner.Network
     memory_: EpisodicMemory
-    n_features_in_: int
-    feature_names_in_: Shaped[np.ndarray, " f"]
 
-    @abstractmethod
-    def _learned(self) -> dict[str, Any]:
-        """Returns what JSON can hold of what was learned, beside network and memory."""
+    def forget(self, X: Any) -> int:
+        """Takes back all that ``fit`` and ``partial_fit`` wrote to the memory for these inputs, and for no others.
 
-    @abstractmethod
-    def _restore_learned(self, learned: dict[str, Any]) -> None:
-        """Takes what ``_learned`` returned."""
+        To correct a label, ``forget`` its input, then teach the right label by ``partial_fit``. The network, which
+        ``fit`` trained, stays as it is, and so does an output for a class of which nothing is left. With nothing left
+        at all the network predicts by itself.
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Saves the fitted estimator to a folder that ``load`` reads: JSON and safetensors, no pickle.
-
-        The folder holds either the old save or the new one, complete, whenever the process is killed.
+        An input is the same where the memory's key, in float32, is exactly equal: it must be the very numbers that
+        were taught. Inputs that the network cannot tell apart, such as some very far ones, go together.
 
         Args:
-            folder: Where to. It is created if need be; a folder that holds an older save is overwritten.
+            X: Inputs, ``(n, features)``, as in ``fit``. Those that the memory does not hold are passed over.
+
+        Returns:
+            How many memories went.
 
         Raises:
-            SettingError: If a setting cannot be stored, such as a ``numpy.random.RandomState``.
-            FormatError: If ``folder`` is a file, or holds something other than a save. It stays as it is.
-            OSError: If writing fails (a full disk). What was saved before stays as it is.
+            ValueError, TypeError: From scikit-learn, if ``X`` is not that, or nothing was fitted.
         """
         check_is_fitted(self)
-        names = vars(self).get("feature_names_in_")
-        learned = self._learned() | {"feature_names": None if names is None else names.tolist()}
-        name, settings = type(self).__name__, self.get_params(deep=False)
-        inner.save(Path(folder), name, settings, self.network_, self.memory_, learned)
-
-    @classmethod
-    def load(cls: type[_Kind], folder: str | os.PathLike[str]) -> _Kind:
-        """Loads what ``save`` saved: it predicts the same, bit for bit, and ``partial_fit`` goes on the same.
-
-        Raises:
-            MissingDataError: If there is no such folder.
-            FormatError: If it is not a complete, undamaged save of an estimator of this class.
-        """
-        saved = inner.read(Path(folder), cls.__name__)
-        try:
-            model = cls(**saved.settings)
-            model.network_, model.memory_ = saved.restore()
-            model.n_features_in_ = model.network_.sizes[0]
-            if saved.learned["feature_names"] is not None:
-                model.feature_names_in_ = np.array(saved.learned["feature_names"], dtype=object)
-            model._restore_learned(saved.learned)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise FormatError(f"the estimator in {folder} cannot be restored: {error}. Save it again.") from error
-        return model
+        inputs = torch.tensor(validate_data(self, X, reset=False, dtype=np.float64, order="C"))
+        slots = store.equal_slots(self.memory_, self.network_.keys(inputs))
+        self.memory_.forget(slots)
+        return len(slots)
 
     def _learn(self, inputs: Float[Tensor, "n f"], values: Shaped[Tensor, "n *c"], outputs: int) -> None:
         """Trains a new network and writes the examples to a new memory."""
@@ -109,23 +84,22 @@ class _Estimator(BaseEstimator, ABC):
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         network = inner.Network(inputs.shape[1], *settings.hidden_sizes, outputs, generator=generator)
         inner.train(network, inputs, values, self._loss, settings=settings, generator=generator)
-        self.network_, self.memory_ = network, inner.filled_memory(network, inputs, values, settings, generator)
+        keys = network.keys(inputs)
+        self.network_, self.memory_ = network, store.filled_memory(keys, values, settings.capacity, generator)
+        self._reference = float(self._typical(store.squared_lengths(keys)))
 
     def _remember(self, inputs: Float[Tensor, "n f"], values: Shaped[Tensor, "n *c"]) -> None:
-        grows = self._settings().capacity is None
-        self.memory_ = inner.remember(self.memory_, self.network_.keys(inputs), values, grows=grows)
+        capacity = self._settings().capacity
+        self.memory_ = store.remember(self.memory_, self.network_.keys(inputs), values, capacity)
 
     def _adapted(self, X: Any) -> Float[Tensor, "n c"]:
         """Returns what ``MbPA`` predicts for each row."""
         check_is_fitted(self)
         settings = self._settings()
-        # torch.tensor makes a copy: the array may be read-only.
-        inputs = torch.tensor(validate_data(self, X, reset=False, dtype=np.float64, order="C"))
-        rate = settings.local_rate / (1 + float(self._reference(inner.squared_lengths(self.memory_))))
-        adaptation = LocalAdaptation(rules.sgd(rate), steps=settings.local_steps)
+        inputs = validate_data(self, X, reset=False, dtype=np.float64, order="C")
+        adaptation = self._adaptation(settings.local_rate, settings.local_steps, self._reference)
         how = {"neighbors": settings.neighbors, "adaptation": adaptation, "likelihood": self._likelihood}
-        adapted = MbPA(self.network_.head, self.memory_, **how)
-        return adapted(self.network_.keys(inputs))
+        return store.predict(self.network_, self.memory_, inputs, **how)
 
     def _settings(self) -> inner.Settings:
         return inner.Settings.checked(self.get_params(deep=False), rate_below=self._too_fast)
@@ -137,7 +111,7 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
     ``fit`` trains a network (standardization, hidden layers of tanh, a softmax layer) and writes what the softmax
     layer saw of each example, and its label, to a memory. ``predict`` is MbPA: for each row the softmax layer first
     takes ``local_steps`` steps of gradient descent on the ``neighbors`` nearest memories, and forgets them afterwards.
-    ``partial_fit`` writes to the memory and trains nothing. What it has written counts at once.
+    ``partial_fit`` writes to the memory and trains nothing. What it has written counts at once. ``forget`` takes back.
 
     Paper: Section 2, Algorithm 1. The defaults were chosen by cross-validation on training rows of the data sets
     digits, iris and wine of scikit-learn, with and without one class that only ``partial_fit`` saw.
@@ -147,9 +121,9 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
             embeddings that another network made.
         neighbors: How many memories the softmax layer is fitted to, K.
         local_rate: The step size, in units that depend on neither the width nor the scale of the keys: 1 moves the
-            logits of a memory of the median length by as much as its label is off, if it is the only neighbor.
+            logits of a memory of the median length in ``fit`` by as much as its label is off, as the only neighbor.
         local_steps: The number of steps. With 0 the network predicts by itself.
-        capacity: The most examples that the memory holds; then the oldest go. With None it grows as need be.
+        capacity: The most examples that the memory holds; then the oldest go. With None it grows without limit.
         epochs: How often ``fit`` goes through the examples.
         batch_size: How many examples one step of training sees.
         learning_rate: The first rate of AdamW, from which it falls to zero along a line.
@@ -175,7 +149,7 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
     _likelihood = Categorical()
     _loss = staticmethod(functional.cross_entropy)
     _too_fast = math.inf  # a softmax's gradient is bounded: long keys do no harm
-    _reference = staticmethod(torch.median)
+    _typical, _adaptation = staticmethod(torch.median), staticmethod(store.equal_steps)
 
     def __init__(
         self,
@@ -220,8 +194,9 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> "MbPAClassifier":
         """Writes examples to the memory, of classes old and new; without a ``fit`` before, it does what ``fit`` does.
 
-        What the memory held for the very same inputs is replaced, so this is also how to correct a label. A class that
-        was never seen gets an output of its own, which changes no prediction until an example of it is near.
+        Every example is kept, those of equal inputs too: to correct a label, ``forget`` its input first. (Of equally
+        near memories the oldest are the neighbors.) A class that was never seen gets an output of its own. As the
+        softmax is shared, that may change a prediction where no example of the class is near, but it hardly ever does.
 
         *Differs from MLPClassifier*: nothing is trained after the first call, so nothing is forgotten either, and
         ``classes`` may be left out: new ones may come at any time.
@@ -293,8 +268,9 @@ class MbPARegressor(RegressorMixin, _Estimator):
     Args:
         hidden_sizes, neighbors, local_steps, capacity, epochs, batch_size, learning_rate, weight_decay,
             random_state: As in ``MbPAClassifier``.
-        local_rate: The step size as a part of the one that fits the longest key in the memory in a single step. Up to
-            1 no step overshoots, whatever the scale of the data; 2 and more is refused, as it may run away.
+        local_rate: The step size as a part of the one that fits, in a single step, the longest key in ``fit``, or the
+            longest neighbor of a row where that is longer. Up to 1 no step overshoots, whatever the scale of the data
+            and whatever comes later; 2 and more is refused, as it may run away.
 
     Attributes:
         network_, memory_, n_features_in_, feature_names_in_: As in ``MbPAClassifier``. The memory's values are
@@ -312,7 +288,7 @@ class MbPARegressor(RegressorMixin, _Estimator):
 
     _likelihood = Gaussian()
     _loss = staticmethod(functional.mse_loss)
-    _too_fast, _reference = 2.0, staticmethod(torch.max)
+    _too_fast, _typical, _adaptation = 2.0, staticmethod(torch.max), store.Bounded
 
     def __init__(
         self,
@@ -360,7 +336,8 @@ class MbPARegressor(RegressorMixin, _Estimator):
     def partial_fit(self, X: Any, y: Any) -> "MbPARegressor":
         """Writes examples to the memory; without a ``fit`` before, it does what ``fit`` does.
 
-        What the memory held for the very same inputs is replaced. Nothing is trained after the first call.
+        Every example is kept, those of equal inputs too: to correct a target, ``forget`` its input first. Nothing is
+        trained after the first call.
 
         Raises:
             ShapeError: If a target is not of the shape that it had in ``fit``; and what ``fit`` raises.

@@ -1,28 +1,23 @@
-"""What is behind the scikit-learn estimators: a small network, its training, and a memory that grows. Torch alone."""
+"""What is behind the scikit-learn estimators: their settings, a small network, and its training. Torch alone."""
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from recollect import snapshot
 from recollect.adaptation import rules
-from recollect.errors import FormatError, LabelError, NonFiniteError, SettingError, require_number, require_whole
-from recollect.memory import EpisodicMemory
+from recollect.errors import LabelError, NonFiniteError, SettingError, require_number, require_whole
 
 _ROWS = 8192  # examples whose keys are made at once
-_TWINS = 8  # how many entries with the key of a new one are looked for at once
 
 _KINDS = {"O": "text", "U": "text", "b": "truth values", "i": "numbers", "u": "numbers", "f": "numbers"}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Tensors = dict[str, Shaped[Tensor, "..."]]
 
 
 @dataclass(frozen=True)
@@ -99,8 +94,7 @@ class Network(nn.Module):
     rounded to float32, which drops those digits: equal examples have equal keys, and which neighbors are nearest is
     the same for a batch and for its rows one by one.
 
-    The layers end in tanh, so no key is longer than the square root of its size: one far-away example cannot force
-    small steps on all others.
+    The layers end in tanh, so no key is longer than the square root of its size.
 
     Args:
         sizes: The number of features, the widths of the hidden layers, the number of outputs. Without hidden layers
@@ -195,126 +189,3 @@ def train(
             step += 1
     for parameter in parameters:
         parameter.data = parameter.data.clone()  # each by itself again
-
-
-def new_memory(capacity: int, key_size: int, *, values: Shaped[Tensor, "n *v"]) -> EpisodicMemory:
-    """Returns an empty memory for the keys of a network and values of this shape and dtype."""
-    return EpisodicMemory(capacity, key_size, value_shape=tuple(values.shape[1:]), value_dtype=values.dtype)
-
-
-def filled_memory(
-    network: Network,
-    inputs: Float[Tensor, "n f"],
-    values: Shaped[Tensor, "n *v"],
-    settings: Settings,
-    generator: torch.Generator,
-) -> EpisodicMemory:
-    """Returns a memory of the examples, in a random order.
-
-    Data are often sorted by class, and the oldest entries are the first to go: in a random order some of each stay.
-    """
-    memory = new_memory(settings.capacity or len(inputs), network.head.in_features, values=values)
-    order = torch.randperm(len(inputs), generator=generator)
-    memory.write(network.keys(inputs[order]), values[order])
-    return memory
-
-
-def remember(
-    memory: EpisodicMemory, keys: Float[Tensor, "n d"], values: Shaped[Tensor, "n *v"], *, grows: bool
-) -> EpisodicMemory:
-    """Writes to the memory in the place of what it held for these very keys.
-
-    Args:
-        memory: Is written to, unless it must grow.
-        keys, values: The entries; those with the same key among them are all kept.
-        grows: Whether a larger memory takes the place of one that is too small; otherwise the oldest entries go.
-
-    Returns:
-        The memory to use from now on.
-
-    Raises:
-        NonFiniteError: If a key is too large. Then nothing changes.
-    """
-    while bool((same := (found := memory.read(keys, _TWINS)).distances == 0).any()):
-        memory.forget(found.slots[same])
-    if grows and len(memory) + len(keys) > memory.capacity:
-        order = memory.written.argsort()[memory.capacity - len(memory) :]  # the empty slots come first
-        larger = new_memory(max(2 * memory.capacity, len(memory) + len(keys)), memory.key_size, values=memory.values)
-        larger.write(memory.keys[order], memory.values[order])
-        memory = larger
-    memory.write(keys, values)
-    return memory
-
-
-def squared_lengths(memory: EpisodicMemory) -> Float[Tensor, " n"]:
-    """Returns ``|h|^2`` of each key in the memory, in float64; a zero if there is none."""
-    return (
-        memory.keys.new_zeros(1).double()
-        if len(memory) == 0
-        else memory.keys[memory.written >= 0].double().square().sum(1)
-    )
-
-
-class Saved(NamedTuple):
-    """What a folder holds of an estimator."""
-
-    settings: dict[str, Any]
-    sizes: list[int]
-    learned: dict[str, Any]
-    tensors: Tensors
-
-    def restore(self) -> tuple[Network, EpisodicMemory]:
-        """Returns network and memory.
-
-        Raises:
-            LookupError, TypeError, RuntimeError, ValueError: If the tensors are not theirs.
-        """
-        tensors = self.tensors
-        network = Network(*self.sizes)
-        memory = new_memory(*tensors["memory.keys"].shape, values=tensors["memory.values"])
-        for part, module in (("network.", network), ("memory.", memory)):
-            module.load_state_dict({name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)})
-        return network, memory
-
-
-def save(
-    folder: Path,
-    name: str,
-    settings: dict[str, Any],
-    network: Network,
-    memory: EpisodicMemory,
-    learned: dict[str, Any],
-) -> None:
-    """Writes an estimator of the class ``name`` to a folder.
-
-    Raises:
-        SettingError: If a setting is nothing that JSON can hold.
-        FormatError, OSError: As ``snapshot.write`` does.
-    """
-    parts = {"network": network, "memory": memory}
-    tensors = {f"{part}.{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
-    settings = {key: plain(value) for key, value in settings.items()}
-    for key, value in settings.items():
-        if not (value is None or isinstance(value, bool | int | float | str | tuple)):
-            raise SettingError(f"{key} must be a number or None to be saved, got {value!r}. Use set_params, then save.")
-    estimator = {"class": name, "settings": settings, "sizes": network.sizes, "learned": learned}
-    # So that ``recollect.load`` says what this is: a model that it cannot build by itself.
-    model = {"foreign": name, "parts": {}, "tensors": {key: key for key in tensors}}
-    snapshot.write(folder, {"model": model, "parameters": {}, "evaluating": [], "estimator": estimator}, tensors)
-
-
-def read(folder: Path, name: str) -> Saved:
-    """Returns what a folder holds of an estimator of the class ``name``.
-
-    Raises:
-        MissingDataError: If there is no such folder.
-        FormatError: If it is not a complete, undamaged save of such an estimator.
-    """
-    description, tensors = snapshot.read(folder)
-    found = description.get("estimator")
-    if not (isinstance(found, dict) and found.keys() >= {"class", "settings", "sizes", "learned"}):
-        raise FormatError(f"{folder} holds a save of recollect, but no estimator. Use recollect.load.")
-    if found["class"] != name:
-        raise FormatError(f"{folder} holds a {found['class']}, need a {name}. Use {found['class']}.load.")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in found["settings"].items()}
-    return Saved(settings, found["sizes"], found["learned"], tensors)

@@ -30,7 +30,12 @@ _BARS = 4  # classes, the most probable ones before and after
 
 @dataclass(frozen=True)
 class Explain(Incremental):
-    """One prediction for an image of Tiny-ImageNet: its neighbors, what each added, and the probabilities."""
+    """One prediction for an image of Tiny-ImageNet: its neighbors, what each added, and the probabilities.
+
+    It needs the network and the settings of ``reproduce table1`` at the same scale, and makes them where they are
+    missing. The networks of ``--scale smoke`` have learned next to nothing: use ``small`` for pictures that mean
+    something.
+    """
 
     split: int = 1
     """Which classes are new."""
@@ -53,7 +58,7 @@ class Picture(NamedTuple):
 
 
 def run(config: Explain) -> str:
-    """Draws ``explanation.png`` (with the image's number in the name where one is given), and says what it shows.
+    """Draws ``explanation.png`` (what is not left to the defaults stands in the name), and says what it shows.
 
     Raises:
         MissingDataError, MissingExtraError, FormatError: See ``recollect.data.tiny_imagenet``.
@@ -84,9 +89,14 @@ def run(config: Explain) -> str:
     neighbors = data.train.pixels[rows[course.stream.rows[explanation.slots]]]
     label = int(course.images.labels[image])
     picture = Picture(data.test.pixels[image], label, neighbors, explanation, data.names)
-    name = "explanation.png" if config.image is None else f"explanation-{image}.png"
-    draw(picture, config.out / name)
+    draw(picture, config.out / _name(config))
     return describe(picture, image)
+
+
+def _name(config: Explain) -> str:
+    given = {name: getattr(config, name) for name in ("split", "epochs", "image")}
+    other = [f"-{name}-{value:g}" for name, value in given.items() if value != getattr(Explain, name)]
+    return f"explanation{''.join(other)}.png"
 
 
 def telling(
@@ -117,6 +127,8 @@ def describe(picture: Picture, image: int) -> str:
     """Returns the picture in words: the prediction before and after, and the neighbors that added most."""
     found, names = picture.explanation, [_short(name) for name in picture.names]
     before, after = int(found.before.argmax()), int(found.after.argmax())
+    if len(found.values) == 0:
+        return f"Test image {image}: {names[picture.label]}. The memory is empty; the head says {names[before]}.\n"
     lines = [
         f"Test image {image}: {names[picture.label]}",
         f"before: {names[before]} ({float(found.before[before].exp()):.0%}; {_chance(found.before, picture, names)})",

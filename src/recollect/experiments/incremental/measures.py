@@ -16,7 +16,7 @@ class Measured(NamedTuple):
     top1: float
     """The percentage whose most probable class is the right one."""
     nll: float
-    """The mean negative log-likelihood in nats; a probability of 0 counts as 1e-6."""
+    """The mean negative log-likelihood in nats; a probability below 1e-6 counts as 1e-6."""
     ece: float
     """The expected calibration error, in percent."""
 

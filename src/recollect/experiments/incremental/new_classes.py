@@ -93,13 +93,13 @@ def _measure(study: Study, number: int, lines: Sequence[tuple[dict[str, Any], Le
         if task is None:
             halves = study.halves(number)
             test = halves.valid.take(slice(None, None, study.scale.every)) if number == TUNING else halves.test
-            task = teach(halves, test, study.scale.shots)
+            task = teach(halves, test, study.scale.shots, generator=torch.Generator().manual_seed(number))
         study.record.add(**key, shots=shots, setting=asdict(setting), **_worth(task, setting, shots))
         progress.advance(1)
 
 
 def _worth(task: Task, setting: Learner, shots: int) -> dict[str, float]:
-    """Returns accuracies in percent, the seconds until the new images count, and the milliseconds of a prediction."""
+    """Returns accuracies in percent, the seconds until the first recognition, and the milliseconds of any other."""
     taught = task.taught.take(slice(shots * len(task.taught.labels.unique())))
     memory = EpisodicMemory(len(task.held.labels) + len(taught.labels), taught.inputs.shape[1])
     memory.write(*task.held)
@@ -110,6 +110,7 @@ def _worth(task: Task, setting: Learner, shots: int) -> dict[str, float]:
     else:
         held = Dataset(*(torch.cat(parts) for parts in zip(task.held, taught, strict=True)))
         predictor = setting.predictor(task.head, held)
+    predictor(task.test.inputs[:1])
     seconds = time.perf_counter() - start
     log_probs = predict(predictor, task.test.inputs)
     found = {
@@ -121,8 +122,8 @@ def _worth(task: Task, setting: Learner, shots: int) -> dict[str, float]:
     return {**found, "seconds": round(seconds, 5), "milliseconds": round(time_each, 5)}
 
 
-def teach(halves: Halves, test: Dataset, shots: Shots) -> Task:
-    """Returns a split as a deployed network meets it: a head of the old classes alone, which has grown."""
+def teach(halves: Halves, test: Dataset, shots: Shots, *, generator: torch.Generator) -> Task:
+    """Returns a split as a deployed network meets it: a head of the old classes alone, grown; random images."""
     order = torch.cat([(~halves.new).nonzero().squeeze(1), halves.new.nonzero().squeeze(1)])
     label = order.argsort()
     count = int((~halves.new).sum())
@@ -131,15 +132,16 @@ def teach(halves: Halves, test: Dataset, shots: Shots) -> Task:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(trained.get_parameter(name)[order[:count]])
-    first = first_images(halves.train.labels, max(shots.kept, *shots.images))
-    held = halves.train.take(first[order[:count], : shots.kept].flatten())
-    taught = halves.train.take(first[order[count:]].T.flatten())
+    drawn = draw(halves.train.labels, max(shots.kept, *shots.images), generator)
+    held = halves.train.take(drawn[order[:count], : shots.kept].flatten())
+    taught = halves.train.take(drawn[order[count:]].T.flatten())
     held, taught, renamed = (Dataset(data.inputs, label[data.labels]) for data in (held, taught, test))
     return Task(grow(head, len(order)), held, taught, renamed, halves.new[test.labels])
 
 
-def first_images(labels: Int[Tensor, " n"], count: int) -> Int[Tensor, "c m"]:
-    """Returns the rows of the first images of each class, as many of each: ``count``, or all of the smallest class."""
-    rows = [(labels == one).nonzero().squeeze(1) for one in range(int(labels.max()) + 1)]
+def draw(labels: Int[Tensor, " n"], count: int, generator: torch.Generator) -> Int[Tensor, "c m"]:
+    """Returns random rows of each class, as many of each: ``count``, or all of the smallest class."""
+    shuffled = torch.randperm(len(labels), generator=generator)
+    rows = [shuffled[labels[shuffled] == one] for one in range(int(labels.max()) + 1)]
     count = min(count, *(len(found) for found in rows))
     return torch.stack([found[:count] for found in rows])

@@ -1,5 +1,6 @@
 """Figures 4 to 7, and the curve over images of each new class."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,8 +68,14 @@ def new_classes(rows: Sequence[Row], folder: Path) -> None:
             found = of(rows, "shots", model=model)
             lines.append(_line(found, "shots", lambda row, group=group: row[group], TITLES[model], _COLORS[model]))
         panels.append((title, lines))
+    seconds = [
+        _line(of(rows, "shots", model=m), "shots", lambda row: math.log10(row["seconds"]), TITLES[m], _COLORS[m])
+        for m in models
+    ]
+    panels.append(("From the keys to the first recognition", seconds))
     label = "images of each new class"
-    plots.panels(panels, folder / "new-classes.png", xlabel=label, ylabel="top-1 (%)", log=True)
+    ylabel = ("top-1 (%)", "top-1 (%)", "log10 of seconds")
+    plots.panels(panels, folder / "new-classes.png", xlabel=label, ylabel=ylabel, log=True)
 
 
 def _by_model(rows: Sequence[Row], part: str, groups: dict[str, str], path: Path) -> None:

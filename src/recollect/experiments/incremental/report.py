@@ -1,5 +1,6 @@
 """The tables of Section 4.2, of all that a folder holds by now, beside the paper's numbers."""
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -52,72 +53,101 @@ def _table(title: str, intro: str, head: Sequence[str], lines: Iterable[Sequence
 
 def _table1(rows: Sequence[Row], marks: Sequence[float]) -> str:
     count = len({row["split"] for row in of(rows, "curve")})
-    images = of(rows, "curve", epochs=marks[-1])[0]["images"]
+    images, fewer = _most_and_fewest(of(rows, "curve"))
     at = ", ".join(f"{mark:g}" for mark in marks)
     intro = (
-        f"Accuracy in percent at {at} epochs of all classes, and the mean accuracy until then (AUC): mean of {count} "
-        f"splits +- standard error, {images:,} test images. In brackets: the paper, on ImageNet."
+        f"Accuracy in percent at {at} epochs of all classes ({images} test images), and the mean accuracy until then "
+        f"(AUC; {fewer} images at the points between): mean of {count} splits +- standard error, the best of ours in "
+        "bold. In brackets: the paper, on ImageNet."
     )
-    head = ["classes", "model", *(f"top-1, {m:g}" for m in marks), *(f"AUC, {m:g}" for m in marks)]
+    head = ["classes", "model", *_columns(marks)]
     lines = []
     for group in ("new", "old"):
-        for model in MODELS:
-            paper = PAPER.get((group, model), (None,) * 6)
-            beside = [*paper[: len(marks)], *paper[3 : 3 + len(marks)]]
-            ours = [*_tops(rows, model, group, marks), *_areas(rows, model, group, marks)]
-            lines.append([group, TITLES[model], *map(_beside, [f"{Mean.of(values)}" for values in ours], beside)])
-    tables = [_table("Table 1: new and old classes", intro, head, lines), _gaps(rows, marks), _calibration(rows, marks)]
-    return "\n".join([*tables, _settings(rows)])
+        ours = {model: [Mean.of(values) for values in _values(rows, model, group, marks)] for model in MODELS}
+        best = [max(mean.mean for mean in column) for column in zip(*ours.values(), strict=True)]
+        for model, means in ours.items():
+            known = PAPER.get((group, model), (None,) * 6)
+            paper = [*known[: len(marks)], *known[3 : 3 + len(marks)]]
+            cells = [f"**{mean}**" if mean.mean == top else f"{mean}" for mean, top in zip(means, best, strict=True)]
+            lines.append([group, TITLES[model], *map(_beside, cells, paper)])
+    tables = [_table("Table 1: new and old classes", intro, head, lines), _gaps(rows, marks)]
+    return "\n".join([*tables, _calibration(rows, marks), _cost(rows, marks), _settings(rows)])
+
+
+def _most_and_fewest(rows: Sequence[Row]) -> tuple[str, str]:
+    """Returns how many test images counted."""
+    counts = [row["images"] for row in rows]
+    return f"{max(counts):,}", f"{min(counts):,}"
+
+
+def _columns(marks: Sequence[float]) -> list[str]:
+    return [f"{what}, {mark:g}" for what in ("top-1", "AUC") for mark in marks]
 
 
 def _beside(cell: str, paper: float | None) -> str:
     return cell if paper is None else f"{cell} ({paper})"
 
 
-def _tops(rows: Sequence[Row], model: str, group: str, marks: Sequence[float]) -> list[list[float]]:
-    """Returns the accuracy of each split at each mark."""
-    return [[top1(group)(row) for row in of(rows, "curve", model=model, epochs=mark)] for mark in marks]
-
-
-def _areas(rows: Sequence[Row], model: str, group: str, marks: Sequence[float]) -> list[list[float]]:
-    """Returns the area under each split's curve until each mark."""
-    curves: dict[int, list[tuple[float, float]]] = {}
-    for row in of(rows, "curve", model=model):
-        curves.setdefault(row["split"], []).append((row["epochs"], top1(group)(row)))
-    return [[area(curve, mark) for curve in curves.values()] for mark in marks]
+def _values(rows: Sequence[Row], model: str, group: str, marks: Sequence[float]) -> list[list[float]]:
+    """Returns the accuracy at each mark, then the area until each mark, each for all splits in their order."""
+    curves: dict[int, dict[float, float]] = {}
+    for row in sorted(of(rows, "curve", model=model), key=lambda row: row["split"]):
+        curves.setdefault(row["split"], {})[row["epochs"]] = top1(group)(row)
+    tops = [[curve[mark] for curve in curves.values()] for mark in marks]
+    return [*tops, *([area(curve.items(), mark) for curve in curves.values()] for mark in marks)]
 
 
 def _gaps(rows: Sequence[Row], marks: Sequence[float]) -> str:
     """Returns the differences between MbPA and the other models, paired by split, beside the paper's."""
     lines = []
-    for group, other in (("new", "parametric"), ("new", "non-parametric"), ("new", "mixture"), ("old", "parametric")):
-        known = zip(PAPER[group, "mbpa-rmsprop"], PAPER[group, other], strict=True)
-        paper = [f"{ours - theirs:+.1f}" for ours, theirs in known][: len(marks)]
-        lines.append(["the paper", group, other, *paper])
-        for model in ("mbpa-rmsprop", "mbpa-sgd"):
-            pairs = zip(_tops(rows, model, group, marks), _tops(rows, other, group, marks), strict=True)
-            means = [Mean.of([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs]
-            lines.append([TITLES[model], group, other, *(f"{m.mean:+.1f} +- {m.error:.1f}" for m in means)])
-    head = ["MbPA of", "classes", "minus", *(f"top-1, {mark:g}" for mark in marks)]
-    return _table("What MbPA adds", "Differences in points of top-1 accuracy, split by split.", head, lines)
+    for group, other in itertools.product(("new", "old"), MODELS[:3]):
+        known = [ours - theirs for ours, theirs in zip(PAPER[group, "mbpa-rmsprop"], PAPER[group, other], strict=True)]
+        paper = [*known[: len(marks)], *known[3 : 3 + len(marks)]]
+        lines.append([group, other, "the paper's", *(f"{gap:+.1f}" for gap in paper)])
+        for model in MODELS[3:]:
+            pairs = zip(_values(rows, model, group, marks), _values(rows, other, group, marks), strict=True)
+            lines.append([group, other, TITLES[model], *(_gap(*pair) for pair in pairs)])
+    head = ["classes", "minus", "MbPA", *_columns(marks)]
+    return _table("What MbPA adds", "Differences in points of accuracy, split by split.", head, lines)
+
+
+def _gap(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Returns the mean difference over splits with its sign, and its standard error."""
+    found = Mean.of([a - b for a, b in zip(ours, theirs, strict=True)])
+    return f"{found.mean:+.1f} +- {found.error:.1f}"
 
 
 def _calibration(rows: Sequence[Row], marks: Sequence[float]) -> str:
+    lines = []
+    for group, model in itertools.product(("all", "new", "old"), MODELS):
+        cells = []
+        for value, digits in (("ece", 1), ("nll", 2)):
+            for mark in marks:
+                mean = Mean.of([row[group][value] for row in of(rows, "curve", model=model, epochs=mark)])
+                cells.append(f"{mean.mean:.{digits}f} +- {mean.error:.{digits}f}")
+        lines.append([group, TITLES[model], *cells])
+    head = ["classes", "model", *(f"{value}, {mark:g}" for value in ("ECE", "NLL") for mark in marks)]
+    intro = (
+        "Expected calibration error (percent, 15 bins) and negative log-likelihood (nats; a probability below 1e-6 "
+        "counts as 1e-6). Before adaptation is the parametric model."
+    )
+    return _table("Calibration", intro, head, lines)
+
+
+def _cost(rows: Sequence[Row], marks: Sequence[float]) -> str:
     costs = {row["model"]: row for row in of(rows, "cost")}
+    if len(costs) < len(MODELS):
+        return ""
     lines = []
     for model in MODELS:
-        cells = []
-        for value in ("ece", "nll"):
-            for mark in marks:
-                mean = Mean.of([row["all"][value] for row in of(rows, "curve", model=model, epochs=mark)])
-                cells.append(f"{mean.mean:.1f}" if value == "ece" else f"{mean.mean:.2f}")
-        lines.append([TITLES[model], *cells, f"{costs[model]['milliseconds']:.3g}" if model in costs else ""])
-    head = ["model", *(f"{value}, {mark:g}" for value in ("ECE", "NLL") for mark in marks), "ms"]
+        pairs = zip(_values(rows, model, "all", marks), _values(rows, MODELS[0], "all", marks), strict=True)
+        gains = [_gap(*pair) for pair in pairs][: len(marks)]
+        lines.append([TITLES[model], f"{costs[model]['milliseconds']:.3g}", *gains])
     intro = (
-        "All classes: expected calibration error (percent, 15 bins), negative log-likelihood (nats; a probability of 0 "
-        "counts as 1e-6), and the time of one prediction from a key, in batches, measured side by side."
+        f"The time of one prediction from a key, in batches, with {costs[MODELS[0]]['entries']:,} entries, all models "
+        "measured in turns; and what it buys: accuracy over all classes, in points above the parametric model."
     )
-    return _table("Calibration and cost", intro, head, lines)
+    return _table("Cost beside the gain", intro, ["model", "ms", *_columns(marks)[: len(marks)]], lines)
 
 
 def _settings(rows: Sequence[Row]) -> str:
@@ -136,15 +166,28 @@ def _settings(rows: Sequence[Row]) -> str:
 
 
 def _figure5(rows: Sequence[Row], marks: Sequence[float]) -> str:
-    points = sorted({row["epochs"] for row in of(rows, "unbalanced")})
-    lines = []
+    found = sorted(of(rows, "unbalanced"), key=lambda row: row["split"])
+    points = sorted({row["epochs"] for row in found})
+    lines: list[Sequence[object]] = []
+    gaps: list[Sequence[object]] = []
     for group, title in (("rare", "new, a tenth"), ("full", "new, all"), ("old", "old"), ("all", "all")):
+        last = {}
         for model in MODELS:
-            means = series(of(rows, "unbalanced", model=model), "epochs", top1(group))
+            own = of(found, "unbalanced", model=model)
+            means = series(own, "epochs", top1(group))
             lines.append([title, TITLES[model], *(means[point] for point in points)])
-    intro = "Accuracy in percent over epochs; half of the new classes have a tenth of the images."
+            last[model] = [top1(group)(row) for row in of(own, "unbalanced", epochs=points[-1])]
+        gaps.extend([title, TITLES[m], *(_gap(last[m], last[other]) for other in MODELS[:3])] for m in MODELS[3:])
+    images, fewer = _most_and_fewest(found)
+    intro = (
+        f"Accuracy in percent over epochs; half of the new classes have a tenth of the images. {images} test images at "
+        f"the last point, {fewer} before it."
+    )
     head = ["classes", "model", *(f"{point:g}" for point in points)]
-    return _table("Figure 5: unbalanced data", intro, head, lines)
+    heading = f"What MbPA adds to unbalanced data after {points[-1]:g} epochs"
+    other = [f"minus {model}" for model in MODELS[:3]]
+    table = _table("Figure 5: unbalanced data", intro, head, lines)
+    return "\n".join([table, _table(heading, "Points of accuracy, split by split.", ["classes", "MbPA", *other], gaps)])
 
 
 def _sweep(rows: Sequence[Row], part: str, name: str, groups: Sequence[str], **key: Any) -> list[list[object]]:
@@ -165,7 +208,12 @@ def _epochs(rows: Sequence[Row], part: str) -> list[str]:
 def _figure6_left(rows: Sequence[Row], marks: Sequence[float]) -> str:
     lines = _sweep(rows, "size", "capacity", ("new", "old"))
     head = ["classes", "entries", *_epochs(rows, "size")]
-    return _table("Figure 6, left: the size of the memory", "Accuracy of MbPA in percent.", head, lines)
+    return _table(
+        "Figure 6, left: the size of the memory",
+        f"Accuracy of MbPA (sgd) in percent, {_images(rows, 'size')} test images.",
+        head,
+        lines,
+    )
 
 
 def _figure6_right(rows: Sequence[Row], marks: Sequence[float]) -> str:
@@ -173,14 +221,23 @@ def _figure6_right(rows: Sequence[Row], marks: Sequence[float]) -> str:
     for model in ("parametric", "mixture", "mbpa-sgd"):
         lines += [[TITLES[model], *line] for line in _sweep(rows, "rate", "rate", ("new", "old"), model=model)]
     head = ["model", "classes", "rate", *_epochs(rows, "rate")]
-    intro = "Accuracy in percent by the learning rate of the last layer."
+    intro = f"Accuracy in percent by the learning rate of the last layer, {_images(rows, 'rate')} test images."
     return _table("Figure 6, right: the learning rate of the parametric model", intro, head, lines)
 
 
 def _figure7(rows: Sequence[Row], marks: Sequence[float]) -> str:
     lines = _sweep(rows, "neighbors", "neighbors", ("new", "old"))
     head = ["classes", "neighbors", *_epochs(rows, "neighbors")]
-    return _table("Figure 7: the number of neighbors", "Accuracy of MbPA in percent.", head, lines)
+    return _table(
+        "Figure 7: the number of neighbors",
+        f"Accuracy of MbPA (sgd) in percent, {_images(rows, 'neighbors')} test images.",
+        head,
+        lines,
+    )
+
+
+def _images(rows: Sequence[Row], part: str) -> str:
+    return f"{of(rows, part)[0]['images']:,}"
 
 
 def _shots(rows: Sequence[Row], marks: Sequence[float]) -> str:
@@ -189,14 +246,14 @@ def _shots(rows: Sequence[Row], marks: Sequence[float]) -> str:
     lines = []
     for model in dict.fromkeys(row["model"] for row in found):
         own = of(found, "shots", model=model)
-        last = [row for row in own if row["shots"] == counts[-1]]
-        seconds, each = (statistics.median(row[name] for row in last) for name in ("seconds", "milliseconds"))
         for group in ("new", "old"):
             means = series(own, "shots", lambda row, group=group: row[group])
-            lines.append([TITLES[model], group, *means.values(), f"{seconds:.3g}", f"{each:.3g}"])
+            lines.append([TITLES[model], f"{group} classes, %", *means.values()])
+        for name, title in (("seconds", "seconds until they count"), ("milliseconds", "ms of a prediction")):
+            times = [[row[name] for row in own if row["shots"] == count] for count in counts]
+            lines.append([TITLES[model], title, *(f"{statistics.median(some):.3g}" for some in times)])
     intro = (
-        "Accuracy in percent among all classes, by the images of each new class. Seconds: from having the keys "
-        f"of all {counts[-1]} images of each new class until they count. ms: one prediction from a key, in batches."
+        "By the images of each new class. Accuracy among all classes; the median time from having the keys of these "
+        "images until a first image has been recognized with them; the median time of a prediction in batches."
     )
-    head = ["model", "classes", *map(str, counts), "seconds", "ms"]
-    return _table("From the first image of a new class", intro, head, lines)
+    return _table("From the first image of a new class", intro, ["model", "", *map(str, counts)], lines)

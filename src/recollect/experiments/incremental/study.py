@@ -12,13 +12,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from recollect.data import Dataset, ImageClasses, tiny_imagenet
-from recollect.errors import require_choice
+from recollect.errors import require_choice, require_device
 from recollect.experiments.incremental.follow import Course, Line, follow
 from recollect.experiments.incremental.models import FineTuning
 from recollect.experiments.incremental.pretraining import Features, features, reduced, split
 from recollect.experiments.incremental.scales import MODELS, SCALES, Choices
 from recollect.experiments.incremental.stream import Stream
-from recollect.experiments.runner import Progress, Run
+from recollect.experiments.runner import Progress, Run, refuse_strange
 
 TUNING = 0  # the split that settings are chosen on
 
@@ -52,11 +52,14 @@ class Study:
         config: The settings of the command line.
 
     Raises:
-        SettingError: If there is no such scale, or the folder holds a run of other settings.
+        SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
+        DeviceError: If there is no such device.
     """
 
     def __init__(self, config: Incremental) -> None:
         require_choice("--scale", config.scale, tuple(SCALES))
+        require_device(config.device)
+        refuse_strange(config.out / "config.json", *config.out.glob("*.png"))
         self.scale = SCALES[config.scale]
         self.record = Run(config.out, {"scale": config.scale, **dataclasses.asdict(self.scale)})
         self._device = config.device
