@@ -365,11 +365,14 @@ def test_keys_that_do_not_fit_are_refused(keys: Tensor, error: type, message: st
             predictor(keys)
 
 
-def test_row_of_a_nan_counts_from_the_start_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bad", "what"), [(torch.nan, "holds NaN or infinity"), (1e200, "is so large that")])
+def test_row_of_a_bad_query_counts_from_the_start_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch, bad: float, what: str
+) -> None:
     monkeypatch.setattr("recollect.predictors._BUDGET", 1)  # a chunk for every query
     keys = torch.zeros(7, KEY, dtype=DOUBLE)
-    keys[5, 2] = torch.nan
-    with pytest.raises(NonFiniteError, match="row 5"):
+    keys[5, 2] = bad
+    with pytest.raises(NonFiniteError, match=f"row 5 {what}"):
         layer()(keys)
 
 

@@ -30,7 +30,16 @@ class DeviceError(RecollectError, ValueError):
 
 
 class NonFiniteError(RecollectError, ValueError):
-    """A tensor holds NaN or infinite numbers where only finite ones make sense."""
+    """A tensor holds NaN or infinite numbers where only finite ones make sense.
+
+    Args:
+        message: What is wrong.
+        query: The row of the first bad query, where a query is what is bad.
+    """
+
+    def __init__(self, message: str, *, query: int | None = None) -> None:
+        super().__init__(message)
+        self.query = query
 
 
 class LabelError(RecollectError, ValueError):

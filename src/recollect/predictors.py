@@ -21,6 +21,7 @@ from recollect.errors import NonFiniteError, SettingError, ShapeError, require, 
 from recollect.kernels import Kernel, dot_product, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Memory
+from recollect.memory.checks import bad_query
 
 _BUDGET = 128 * 2**20  # bytes that one chunk of queries reads from the memory
 _MIXED = 2**20  # bytes of each component's predictions that are mixed at once, for each thread
@@ -88,11 +89,10 @@ def in_chunks(
             try:
                 parts.append(predict(flat[part], None if limits is None else limits[part]))
             except NonFiniteError as error:
-                bad = (~flat.isfinite().all(1)).nonzero()
-                if start == 0 or len(bad) == 0:
+                if start == 0 or error.query is None:
                     raise
-                # The memory has counted the rows from the start of this chunk.
-                raise NonFiniteError(f"queries must be finite, but row {int(bad[0])} holds NaN or infinity.") from error
+                row = start + error.query  # the memory has counted from the start of this chunk
+                raise bad_query(row, finite=bool(flat[row].isfinite().all())) from error
     outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
     return outputs.reshape(*batch, outputs.shape[-1])
 

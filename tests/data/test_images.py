@@ -468,6 +468,13 @@ def test_a_kill_loses_nothing_that_was_decoded(children: Path, moment: str, ther
     assert {name: found[name] for name in whole} == whole
 
 
+@pytest.mark.parametrize("suffix", [".zip", ".tar.xz"])
+def test_an_archive_that_is_not_there(tmp_path: Path, cache: Path, suffix: str) -> None:
+    with pytest.raises(MissingDataError, match=rf"{ROOT}{suffix} cannot be read: No such file"):
+        decoded(tmp_path / f"{ROOT}{suffix}", cache)
+    assert not cache.exists()
+
+
 def test_two_processes_at_the_same_time(children: Path) -> None:
     assert json.loads((children / "signals.json").read_text())["both"] == [0, 0]
     decoded(children / f"{ROOT}.zip", children / "whole")

@@ -168,7 +168,7 @@ def _read(source: Path) -> dict[str, bytes]:
             return {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
         members = _zip(source) if source.suffix == ".zip" else _tar(source)
         return {"/".join(PurePosixPath(name).parts[1:]): content for name, content in members}
-    except PermissionError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise MissingDataError(f"{error.filename or source} cannot be read: {error.strerror}.") from error
     except _BROKEN as error:
         raise FormatError(f"{source} is cut short or damaged ({error}). Fetch it again.") from error

@@ -65,10 +65,15 @@ def check_queries(memory: Storage, queries: Shaped[Tensor, "*b d"]) -> Float[Ten
     bad = too_large(flat)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        finite = bool(flat[row].isfinite().all())
-        what = "is so large that squared distances overflow" if finite else "holds NaN or infinity"
-        raise NonFiniteError(f"queries must be finite, but row {row} {what}. Check the network that makes them.")
+        raise bad_query(row, finite=bool(flat[row].isfinite().all()))
     return flat
+
+
+def bad_query(row: int, *, finite: bool) -> NonFiniteError:
+    """Returns the error of a query that has no distance to anything."""
+    what = "is so large that squared distances overflow" if finite else "holds NaN or infinity"
+    message = f"queries must be finite, but row {row} {what}. Check the network that makes them."
+    return NonFiniteError(message, query=row)
 
 
 def check_limit(before: int | Tensor, batch: torch.Size, device: torch.device) -> Int[Tensor, " n"]:
