@@ -215,6 +215,15 @@ def test_a_training_learns_the_old_classes() -> None:
     assert not parts.new[predicted].any(), "nobody has told it of the others"
 
 
+def test_weights_decay_but_scales_of_the_normalization_do_not() -> None:
+    plain = trained(data(), dataclasses.replace(RECIPE, decay=0.0), seed=0)
+    small = trained(data(), dataclasses.replace(RECIPE, decay=2.0), seed=0)
+    for name, weight in plain.named_parameters():
+        ratio = float(small.get_parameter(name).detach().norm() / weight.detach().norm())
+        if name.endswith(".weight"):
+            assert ratio < 0.7 if weight.dim() > 1 else 0.9 < ratio < 1.1, name
+
+
 def test_a_training_sees_neither_new_classes_nor_validation_nor_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
