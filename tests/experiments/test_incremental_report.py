@@ -363,6 +363,20 @@ def test_figures_5_to_7(tmp_path: Path, undrawn: list[str]) -> None:
         for group in ("new", "old")
         for rate in (0.003, 0.3)
     ]
+    head, *lines = section(table, "What MbPA adds, by the learning rate")
+    assert head == ["classes", "minus", "rate", "0.2 epochs", "20 epochs"]
+    assert lines == [
+        [
+            *(group, other, f"{rate:g}"),
+            *(
+                differences(*(pick(parts["rate"], group, model=m, rate=rate, epochs=e) for m in ("mbpa-sgd", other)))
+                for e in epochs
+            ),
+        ]
+        for group in ("new", "old")
+        for other in ("parametric", "mixture")
+        for rate in (0.003, 0.3)
+    ]
     assert undrawn == ["figure5.png", "figure6.png", "figure7.png"]
 
 
@@ -406,6 +420,7 @@ def test_what_is_half_finished_is_left_out(tmp_path: Path, undrawn: list[str]) -
         "## What MbPA adds to unbalanced data after 20 epochs",
         "## Figure 6, left: the size of the memory",
         "## Figure 6, right: the learning rate of the parametric model",
+        "## What MbPA adds, by the learning rate",
         "## Figure 7: the number of neighbors",
         "## From the first image of a new class",
     ]

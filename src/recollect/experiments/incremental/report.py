@@ -222,7 +222,27 @@ def _figure6_right(rows: Sequence[Row], marks: Sequence[float]) -> str:
         lines += [[TITLES[model], *line] for line in _sweep(rows, "rate", "rate", ("new", "old"), model=model)]
     head = ["model", "classes", "rate", *_epochs(rows, "rate")]
     intro = f"Accuracy in percent by the learning rate of the last layer, {_images(rows, 'rate')} test images."
-    return _table("Figure 6, right: the learning rate of the parametric model", intro, head, lines)
+    table = _table("Figure 6, right: the learning rate of the parametric model", intro, head, lines)
+    return "\n".join([table, _gaps_by_rate(rows)])
+
+
+def _gaps_by_rate(rows: Sequence[Row]) -> str:
+    """Returns what MbPA adds at each learning rate of the head that it starts from."""
+    found = sorted(of(rows, "rate"), key=lambda row: row["split"])
+    rates, points = (sorted({row[name] for row in found}) for name in ("rate", "epochs"))
+    lines = []
+    for group, other, rate in itertools.product(("new", "old"), ("parametric", "mixture"), rates):
+        cells = []
+        for point in points:
+            ours, theirs = (
+                [top1(group)(row) for row in of(found, "rate", model=model, rate=rate, epochs=point)]
+                for model in ("mbpa-sgd", other)
+            )
+            cells.append(_gap(ours, theirs))
+        lines.append([group, other, f"{rate:g}", *cells])
+    head = ["classes", "minus", "rate", *_epochs(rows, "rate")]
+    intro = "MbPA (sgd) minus the model of the same head: points of accuracy, split by split."
+    return _table("What MbPA adds, by the learning rate", intro, head, lines)
 
 
 def _figure7(rows: Sequence[Row], marks: Sequence[float]) -> str:
