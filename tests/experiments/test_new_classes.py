@@ -279,6 +279,10 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in {"seconds", "milliseconds"}} for row in rows]
 
 
+def harmonic(*scores: float) -> float:
+    return 0.0 if 0 in scores else len(scores) / sum(1 / score for score in scores)
+
+
 def test_settings_are_chosen_on_validation_images_of_the_first_split(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +292,7 @@ def test_settings_are_chosen_on_validation_images_of_the_first_split(
     tried = [row for row in rows if row["part"] == "shots-tuning"]
     for name, grid in MICRO.shots.grids.items():
         means = [
-            sum(row["all"] for row in tried if row["model"] == name and row["place"] == place)
+            sum(harmonic(row["old"], row["new"]) for row in tried if row["model"] == name and row["place"] == place)
             for place in range(len(grid))
         ]
         chosen = [row["setting"] for row in rows if row["part"] == "shots" and row["model"] == name]
@@ -368,10 +372,17 @@ def test_ties_go_to_the_first_setting(micro: Path) -> None:
     one = Study(NewClasses(out=micro))
     for place, scores in enumerate(((10.1, 20.2, 30.3), (30.3, 20.2, 10.1))):
         for count, score in enumerate(scores):
-            one.record.add(part="shots-tuning", model="vote", place=place, shots=count, all=score)
+            one.record.add(part="shots-tuning", model="vote", place=place, shots=count, old=score, new=score)
     assert new_classes._best(one, "vote") == 0
-    for score in (0.1, 0.2):
-        one.record.add(part="shots-tuning", model="vote", place=1, shots=9, all=score)
+    one.record.add(part="shots-tuning", model="vote", place=0, shots=9, old=90.0, new=0.0)
+    one.record.add(part="shots-tuning", model="vote", place=1, shots=9, old=1.0, new=1.0)
+    assert new_classes._best(one, "vote") == 1, "what ignores new classes is worth nothing"
+
+
+def test_nothing_right_at_all_is_worth_nothing(micro: Path) -> None:
+    one = Study(NewClasses(out=micro))
+    one.record.add(part="shots-tuning", model="vote", place=0, shots=1, old=0.0, new=0.0)
+    one.record.add(part="shots-tuning", model="vote", place=1, shots=1, old=1.0, new=2.0)
     assert new_classes._best(one, "vote") == 1
 
 

@@ -75,10 +75,15 @@ def _tune(study: Study) -> None:
 
 
 def _best(study: Study, model: str) -> int:
+    """Returns the place of the setting with the largest sum of harmonic means of old and new accuracy.
+
+    The mean over all classes would choose what ignores new classes as long as there are few images of them.
+    """
     found: list[list[float]] = [[] for _ in study.scale.shots.grids[model]]
     for row in study.record.rows:
         if row["part"] == "shots-tuning" and row["model"] == model:
-            found[row["place"]].append(row["all"])
+            both = row["old"] + row["new"]
+            found[row["place"]].append(2 * row["old"] * row["new"] / both if both else 0.0)
     sums = [math.fsum(scores) for scores in found]
     return sums.index(max(sums))
 

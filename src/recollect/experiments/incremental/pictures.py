@@ -18,6 +18,8 @@ _COLORS = {
     "nearest-mean": plots.PURPLE,
     "vote": plots.GRAY,
 }
+_GROUPS = "new", "old"
+_SHORT = {"mbpa-sgd": "MbPA", "mixture": "Mixture", "parametric": "Parametric"}
 _SHADES = plots.PALE_BLUE, plots.CYAN, plots.BLUE, plots.PURPLE, plots.NAVY, plots.ORANGE
 
 
@@ -34,18 +36,12 @@ def figure5(rows: Sequence[Row], folder: Path) -> None:
 
 def figure6(rows: Sequence[Row], folder: Path) -> None:
     """Draws what the memory's size and the learning rate do, on new and on old classes."""
-    panels = []
-    for group in ("new", "old"):
-        panels.append((f"MbPA, {group} classes, by entries", _by_value(of(rows, "size"), "capacity", group)))
-        rates = sorted({row["rate"] for row in of(rows, "rate")})
-        lines = [
-            _line(of(rows, "rate", model=model, rate=rate), "epochs", top1(group), f"{model}, rate {rate:.2g}", color)
-            for model, color in (("mbpa-sgd", plots.BLUE), ("mixture", plots.RED), ("parametric", plots.GREEN))
-            for rate in rates
-        ]
-        widths = [0.6 + 0.5 * rates.index(rate) for _ in range(3) for rate in rates]
-        lines = [line._replace(width=width) for line, width in zip(lines, widths, strict=True)]
-        panels.append((f"{group.capitalize()} classes, by the head's learning rate", lines))
+    panels = [
+        (f"MbPA, {group} classes, by entries", _by_value(of(rows, "size"), "capacity", group)) for group in _GROUPS
+    ]
+    for model in ("mbpa-sgd", "mixture", "parametric"):
+        found = of(rows, "rate", model=model)
+        panels += [(f"{_SHORT[model]}, {g} classes, by learning rate", _by_value(found, "rate", g)) for g in _GROUPS]
     plots.panels(panels, folder / "figure6.png", xlabel="epochs of all classes", ylabel="top-1 (%)", log=True)
 
 
@@ -53,7 +49,7 @@ def figure7(rows: Sequence[Row], folder: Path) -> None:
     """Draws what the number of neighbors does."""
     panels = [
         (f"MbPA, {group} classes, by neighbors", _by_value(of(rows, "neighbors"), "neighbors", group))
-        for group in ("new", "old")
+        for group in _GROUPS
     ]
     plots.panels(panels, folder / "figure7.png", xlabel="epochs of all classes", ylabel="top-1 (%)", log=True)
 
@@ -89,7 +85,7 @@ def _by_model(rows: Sequence[Row], part: str, groups: dict[str, str], path: Path
 def _by_value(rows: Sequence[Row], name: str, group: str) -> list[plots.Curve]:
     values = sorted({row[name] for row in rows})
     return [
-        _line([row for row in rows if row[name] == value], "epochs", top1(group), f"{value:,}", color)
+        _line([row for row in rows if row[name] == value], "epochs", top1(group), f"{value:,g}", color)
         for value, color in zip(values, _SHADES, strict=False)
     ]
 
