@@ -43,8 +43,8 @@ def figure(width: float, height: float) -> "tuple[Figure, Axes]":
     return picture, axes
 
 
-def empty(width: float, height: float) -> "Figure":
-    """Returns an empty figure of this size (inches).
+def empty(width: float, height: float, *, dpi: int = 160) -> "Figure":
+    """Returns an empty figure of this size (inches), with so many dots to an inch.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -53,7 +53,7 @@ def empty(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("a figure needs matplotlib: pip install 'recollect[experiments]'.") from error
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def dress(axes: "Axes") -> None:

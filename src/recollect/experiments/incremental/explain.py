@@ -153,7 +153,7 @@ def _short(name: str) -> str:
 
 def draw(picture: Picture, path: Path) -> None:
     """Draws the query and the probabilities at the left, the nearest neighbors at the right."""
-    canvas = plots.empty(15.0, 7.6)
+    canvas = plots.empty(15.0, 7.6, dpi=100)  # photographs of 64 pixels need no more
     left, right = canvas.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 2.1))[0]
     query, bars = left.subplots(2, 1, height_ratios=(1.2, 1.0))
     _show(query, picture.query, f"Query: {_short(picture.names[picture.label])}", size=12.0)
