@@ -115,7 +115,7 @@ def test_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neighbors: int) -
     with Image.open(tmp_path / "explanation.png") as file:
         file.load()
         assert file.format == "PNG"
-        assert file.size == (2400, 1216)
+        assert file.size == (1500, 760)
     (canvas,) = canvases
     query, bars, *others = canvas.axes
     assert query.get_title(loc="left") == "Query: dog"
