@@ -112,6 +112,15 @@ def test_a_layer_whose_weight_is_made_from_others_does_not_grow() -> None:
         grow(nn.utils.parametrizations.weight_norm(made()), 7)
 
 
+def test_a_layer_that_computes_something_else_does_not_grow() -> None:
+    class Cosine(nn.Linear):
+        def forward(self, keys: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.normalize(keys))
+
+    with pytest.raises(HeadError, match=r"torch.nn.Linear, got Cosine"):
+        grow(Cosine(6, 4), 7)
+
+
 @pytest.mark.parametrize("classes", [3, 0, -1, True, 7.0, "7", None])
 def test_a_head_does_not_shrink(untyped: None, classes: object) -> None:
     with pytest.raises(SettingError, match=f"a whole number of at least 4, got {classes!r}"):

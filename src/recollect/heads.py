@@ -9,9 +9,10 @@ from recollect.errors import HeadError, SettingError
 def grow(head: nn.Linear, classes: int) -> nn.Linear:
     """Returns a copy of a trained linear head with more outputs, for labels that it could not predict before.
 
-    The new outputs' logits are the mean of the old ones at every key, so they are never the largest: no prediction
-    changes before something is learned about the new classes. The rest of a softmax is shared: the old outputs keep
-    their ratios. Write examples of the new classes to the memory, and an ``MbPA`` around the new head predicts them.
+    The new outputs' logits are the mean of the old ones at every key, so they are never the largest (but as large as
+    all others where those are equal, as a single one is): no prediction changes before something is learned about the
+    new classes. The rest of a softmax is shared: the old outputs keep their ratios. Write examples of the new classes
+    to the memory, and an ``MbPA`` around the new head predicts them.
 
     Args:
         head: A ``torch.nn.Linear``; it is left as it is.
@@ -22,7 +23,8 @@ def grow(head: nn.Linear, classes: int) -> nn.Linear:
         an optimizer and an ``MbPA`` of the old head know nothing of it.
 
     Raises:
-        HeadError: If ``head`` is no linear layer, or one whose weight is made from other parameters.
+        HeadError: If ``head`` is no plain linear layer: of a subclass of it, or with a weight made from other
+            parameters, it would lose what is special about it.
         SettingError: If it has more outputs already.
 
     Example:
@@ -32,7 +34,7 @@ def grow(head: nn.Linear, classes: int) -> nn.Linear:
         (Linear(in_features=64, out_features=12, bias=True), True)
     """
     plain = {"weight", "bias"}  # a layer of other parameters, such as one with weight norm, is no linear layer to copy
-    if not isinstance(head, nn.Linear) or not plain.issuperset(name for name, _ in head.named_parameters()):
+    if type(head) is not nn.Linear or not plain.issuperset(name for name, _ in head.named_parameters()):
         raise HeadError(
             f"grow adds outputs to a torch.nn.Linear, got {type(head).__name__}. Of a network, grow the last layer: "
             "net[-1] = grow(net[-1], classes)."

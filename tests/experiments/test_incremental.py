@@ -842,7 +842,7 @@ def test_one_folder_holds_every_row_of_all_tables_and_figures(whole: Ran) -> Non
     table = (whole.out / "table.md").read_text()
     assert whole.printed["new-classes"].startswith(table)
     titles = [line for line in table.splitlines() if line.startswith("## ")]
-    assert len(titles) == len(set(titles)) == 11
+    assert len(titles) == len(set(titles)) == 12
     assert without_files(whole.printed["table1"]).strip() in table
 
 

@@ -309,7 +309,8 @@ def test_settings(tmp_path: Path, undrawn: list[str]) -> None:
             for place in range(len(tried))
         ]
         best = tried[means.index(max(means))]
-        shown = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(best).items() if v is not None)
+        pairs = dataclasses.asdict(best).items()
+        shown = ", ".join("inverse distance" if v is None else f"{k} {v}" for k, v in pairs)
         assert line == [TITLES[model], shown, f"{max(means):.1f}", str(len(tried))]
     assert len({line[-1] for line in lines}) == 1, "as many tried for each"
 
@@ -391,12 +392,27 @@ def test_shots(tmp_path: Path, undrawn: list[str]) -> None:
         for group in ("new", "old"):
             cells = [cell([row[group] for row in some]) for some in own]
             wanted.append([TITLES[model], f"{group} classes, %", *cells])
-        for name, title in (("seconds", "seconds until they count"), ("milliseconds", "ms of a prediction")):
+        for name, title in (("seconds", "seconds to a recognition"), ("milliseconds", "ms of a prediction")):
             assert all(len(some) == 3 for some in own)
             medians = [sorted(row[name] for row in some)[1] for some in own]
             wanted.append([TITLES[model], title, *(f"{median:.3g}" for median in medians)])
     assert lines == wanted
     assert undrawn == ["new-classes.png"]
+
+
+def test_what_nobody_recognizes_has_no_time(tmp_path: Path) -> None:
+    rows = made_up()["shots"]
+    for row in rows:
+        if row["model"] == "vote" or (row["model"] == "mbpa-sgd" and row["shots"] == 1):
+            row["seconds"] = None
+    table = report(folder_with(tmp_path, shots=rows), MARKS, SPLITS)
+    _, *found = section(table, "From the first image of a new class")
+    lines = {tuple(line[:2]): line[2:] for line in found}
+    assert lines[TITLES["vote"], "seconds to a recognition"] == ["", ""]
+    first, second = lines[TITLES["mbpa-sgd"], "seconds to a recognition"]
+    assert first == ""
+    assert second != ""
+    assert (tmp_path / "new-classes.png").exists()
 
 
 def test_what_is_half_finished_is_left_out(tmp_path: Path, undrawn: list[str]) -> None:

@@ -246,30 +246,43 @@ def test_worth(halves: Halves) -> None:
 
 
 @pytest.mark.parametrize("setting", [NearestMean(angle=False), Retrained(0.1, 1), Vote(1, None), ADAPTED])
-def test_seconds_last_until_a_first_image_is_recognized(
-    halves: Halves, monkeypatch: pytest.MonkeyPatch, setting: Learner
+@pytest.mark.parametrize("known", [True, False])
+def test_seconds_last_until_an_image_of_a_new_class_is_recognized(
+    halves: Halves, monkeypatch: pytest.MonkeyPatch, setting: Learner, known: bool
 ) -> None:
-    """And what a first prediction alone does, does not count for those after it."""
-    clock, asked = [100.0], []
+    """The median of five times; and what a first prediction alone does, does not count for those after it."""
+    clock, asked, learnings = [100.0], list[Tensor](), []
+    task = taught(halves)
+    right = int((task.new & (task.test.labels == OLD + 1)).nonzero()[0]) if known else -1
 
     class Slow(nn.Module):
         likelihood = Parametric(nn.Linear(1, 1)).likelihood
 
         def forward(self, keys: Tensor, *, before: None = None) -> Tensor:
-            clock[0] += 0.002 * len(keys) if asked else 5.0
-            asked.append(len(keys))
-            return torch.zeros(len(keys), CLASSES).log_softmax(1)
+            clock[0] += 0.002 * len(keys)
+            asked.append(keys)
+            found = torch.zeros(len(keys), CLASSES)
+            if known:  # all are taken for one new class, of which some are
+                found[:, OLD + 1] = 1.0
+            return found.log_softmax(1)
 
     def learned(*_: Any) -> Slow:
-        clock[0] += 3.0
+        learnings.append(len(learnings))
+        clock[0] += 3.0 + (learnings[-1] - 2) ** 2  # of the last five: 4, 3, 4, 7, 12
         return Slow()
 
     monkeypatch.setattr(type(setting), "predictor", learned)
     monkeypatch.setattr(new_classes.time, "perf_counter", lambda: clock[0])
-    found = new_classes._worth(taught(halves), setting, 2)
-    assert asked[0] == 1
-    assert found["seconds"] == pytest.approx(8.0)
+    found = new_classes._worth(task, setting, 2)
     assert found["milliseconds"] == pytest.approx(2.0)
+    if known:
+        assert found["seconds"] == pytest.approx(4.002)
+        single = [keys for keys in asked if len(keys) == 1]
+        assert len(single) == 6
+        assert all(torch.equal(keys[0], task.test.inputs[right]) for keys in single[1:])
+    else:
+        assert found["new"] == 0.0
+        assert found["seconds"] is None
 
 
 # The run --------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,13 @@ def test_of_long_values_the_part_that_differs_is_shown(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 1
 
 
+def test_a_row_that_two_commands_have_added_counts_once(tmp_path: Path) -> None:
+    lines = ['{"part": "a", "score": 1}', '{"part": "b", "score": 1}', '{"score": 1, "part": "a"}']
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.json").write_text('{"settings": {}, "commands": []}')
+    assert Run(tmp_path, {}).rows == [{"part": "a", "score": 1}, {"part": "b", "score": 1}]
+
+
 def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2, "b"')

@@ -138,6 +138,27 @@ def test_announced_classes_have_outputs() -> None:
     assert model.network_.head.out_features == 5
 
 
+@pytest.mark.parametrize("classes", [[np.nan], [0, 1, 2.5], [0, 1, np.inf]])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_what_is_no_label_is_not_announced(classes: list[float]) -> None:
+    inputs, labels = iris()
+    model = quick().fit(inputs, labels)
+    before = model.classes_
+    with pytest.raises(ValueError, match=r"NaN|infinity|Unknown label type"):
+        model.partial_fit(inputs[:1], labels[:1], classes=classes)
+    assert model.classes_ is before
+
+
+@EITHER
+def test_a_refused_fit_leaves_the_last_one(kind: type) -> None:
+    inputs, labels = iris()
+    model = quick(kind).fit(inputs, labels)
+    neighbors, before = model.neighbors, model.predict(inputs)
+    with pytest.raises(SettingError, match="neighbors"):
+        model.set_params(neighbors=0).fit(inputs[:, :2], labels)
+    assert np.array_equal(model.set_params(neighbors=neighbors).predict(inputs), before)
+
+
 def test_a_label_is_corrected_by_forget_and_partial_fit() -> None:
     """Even one that it was trained with."""
     inputs, labels = load_digits(return_X_y=True)

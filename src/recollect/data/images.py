@@ -236,7 +236,8 @@ def _pixels(source: Path, files: Mapping[str, bytes], paths: list[str]) -> UInt8
     for place, path in enumerate(paths):
         try:
             with Image.open(io.BytesIO(files[path])) as image:
-                content, size = image.convert("RGB").tobytes(), image.size
+                size = image.size
+                content = image.convert("RGB").tobytes() if size == (_SIDE, _SIDE) else b""
         except UnidentifiedImageError as error:
             raise FormatError(f"{path} in {source} cannot be decoded: it is no image. Fetch it again.") from error
         except (Image.DecompressionBombError, OSError, SyntaxError) as error:

@@ -57,7 +57,8 @@ class Run:
         self.folder = folder
         self._results = folder / "results.jsonl"
         refuse_strange(folder / "config.json", self._results, folder / "table.md")
-        self.rows = read_rows(self._results)
+        # Two commands at a time in one folder may both have added a row.
+        self.rows = list({json.dumps(row, sort_keys=True): row for row in read_rows(self._results)}.values())
         plain = json.loads(json.dumps(settings))
         config = folder / "config.json"
         before = _read_config(config) if self.rows or config.exists() else {}

@@ -187,6 +187,7 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
             SettingError: If a setting is out of its range.
             ValueError, TypeError: From scikit-learn, if ``X`` or ``y`` is not that.
         """
+        self._settings()  # refused before anything of an earlier fit changes
         inputs, labels = self._check_examples(X, y, reset=True)
         self._learn_labels(inputs, labels, labels)
         return self
@@ -211,7 +212,7 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
         new = "network_" not in vars(self)
         inputs, labels = self._check_examples(X, y, reset=new)
         known = labels[:0] if new else self.labels_
-        announced = known[:0] if classes is None else np.ravel(np.asarray(classes))
+        announced = known[:0] if classes is None else self._checked_labels(classes)
         every = np.concatenate([known, inner.same_kind(labels, known), inner.same_kind(announced, labels)])
         if new:
             self._learn_labels(inputs, labels, every)
@@ -238,6 +239,13 @@ class MbPAClassifier(ClassifierMixin, _Estimator):
         inputs, labels = validate_data(self, X, y, reset=reset, dtype=np.float64, order="C")
         check_classification_targets(labels)
         return torch.tensor(inputs), np.asarray(labels)
+
+    @staticmethod
+    def _checked_labels(classes: Any) -> np.ndarray:
+        labels = np.ravel(np.asarray(classes))
+        if len(labels):
+            check_classification_targets(labels)
+        return labels
 
     def _learn_labels(self, inputs: Tensor, labels: np.ndarray, every: np.ndarray) -> None:
         classes = np.unique(every)
@@ -326,6 +334,7 @@ class MbPARegressor(RegressorMixin, _Estimator):
             SettingError, NonFiniteError: If a setting is out of its range, or the square of a number overflows.
             ValueError, TypeError: From scikit-learn, if ``X`` or ``y`` is not that.
         """
+        self._settings()  # refused before anything of an earlier fit changes
         inputs, targets = self._check_examples(X, y, reset=True)
         columns = targets.reshape(len(targets), -1)
         mean, scale = inner.mean_and_scale(columns)

@@ -17,9 +17,12 @@ from torch import Tensor
 from recollect import Explanation
 from recollect.errors import SettingError
 from recollect.experiments import plots
+from recollect.experiments.incremental.follow import Course
 from recollect.experiments.incremental.measures import predict
 from recollect.experiments.incremental.pretraining import split
+from recollect.experiments.incremental.scales import Choices
 from recollect.experiments.incremental.study import Incremental, Study
+from recollect.experiments.runner import Progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,15 +77,13 @@ def run(config: Explain) -> str:
     count = len(course.images.labels)
     if config.image is not None and not 0 <= config.image < count:
         raise SettingError(f"--image must be from 0 to {count - 1}, got {config.image}.")
-    course.stream.advance(config.epochs)
-    head, memory = course.stream.head, course.stream.memory
-    model = choices.sgd.predictor(head, memory)
-    image = config.image
-    if image is None:
-        rivals = [setting.predictor(head, memory) for setting in (choices.parametric, choices.mixture)]
+    with Progress(2, "reading the images") as progress:
+        course.stream.advance(config.epochs)
+        progress.advance(1, "looking for an image")
         new = study.halves(config.split).new[course.images.labels]
-        others = [predict(rival, course.images.inputs) for rival in rivals]
-        image = telling(predict(model, course.images.inputs), others, course.images.labels, new)
+        image = _found(course, choices, new) if config.image is None else config.image
+        progress.advance(1)
+    model = choices.sgd.predictor(course.stream.head, course.stream.memory)
     explanation = model.explain(course.images.inputs[image])
     data = study.data
     rows = split(data.train.labels, len(data.names), seed=config.split).train
@@ -91,6 +92,14 @@ def run(config: Explain) -> str:
     picture = Picture(data.test.pixels[image], label, neighbors, explanation, data.names)
     draw(picture, config.out / _name(config))
     return describe(picture, image)
+
+
+def _found(course: Course, choices: Choices, new: Bool[Tensor, " n"]) -> int:
+    """Returns the image that tells most about MbPA beside the parametric model and the mixture."""
+    settings = (choices.sgd, choices.parametric, choices.mixture)
+    predictors = [setting.predictor(course.stream.head, course.stream.memory) for setting in settings]
+    model, *others = (predict(predictor, course.images.inputs) for predictor in predictors)
+    return telling(model, others, course.images.labels, new)
 
 
 def _name(config: Explain) -> str:
@@ -161,11 +170,9 @@ def draw(picture: Picture, path: Path) -> None:
     found = picture.explanation
     after = int(found.after.argmax())
     count = min(_SHOWN, len(found.values))
-    right.suptitle(
-        f"The {count} nearest of {len(found.values)} neighbors: weight, and what each added to the logit of "
-        f"{_short(picture.names[after])}",
-        fontsize=11,
-    )
+    of_all = f"The {count} nearest of {len(found.values)} neighbors: weight, and what each added to the logit of "
+    title = of_all + _short(picture.names[after]) if count else "The memory is empty"
+    right.suptitle(title, fontsize=11)
     for place, axes in enumerate(right.subplots(-(-_SHOWN // 5), 5).flat):
         if place >= count:
             axes.set_axis_off()

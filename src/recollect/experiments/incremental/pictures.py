@@ -64,9 +64,11 @@ def new_classes(rows: Sequence[Row], folder: Path) -> None:
             found = of(rows, "shots", model=model)
             lines.append(_line(found, "shots", lambda row, group=group: row[group], TITLES[model], _COLORS[model]))
         panels.append((title, lines))
+    timed = [row for row in of(rows, "shots") if row["seconds"] is not None]
     seconds = [
-        _line(of(rows, "shots", model=m), "shots", lambda row: math.log10(row["seconds"]), TITLES[m], _COLORS[m])
+        _line(of(timed, "shots", model=m), "shots", lambda row: math.log10(row["seconds"]), TITLES[m], _COLORS[m])
         for m in models
+        if of(timed, "shots", model=m)
     ]
     panels.append(("From the keys to the first recognition", seconds))
     label = "images of each new class"

@@ -159,7 +159,8 @@ def _settings(rows: Sequence[Row]) -> str:
             found.setdefault(row["place"], []).append(row)
         means = {place: statistics.fmean(top1("all")(row) for row in some) for place, some in found.items()}
         best = max(means, key=lambda place: means[place])
-        setting = ", ".join(f"{k} {v}" for k, v in found[best][0]["setting"].items() if v is not None)
+        parts = found[best][0]["setting"].items()
+        setting = ", ".join("inverse distance" if v is None else f"{k} {v}" for k, v in parts)
         lines.append([TITLES[model], setting, f"{means[best]:.1f}", len(means)])
     intro = "Chosen by the mean accuracy over all classes at these epochs, on validation images of the first split."
     return _table("Settings", intro, ["model", "best", "accuracy", "of how many tried"], lines)
@@ -269,11 +270,12 @@ def _shots(rows: Sequence[Row], marks: Sequence[float]) -> str:
         for group in ("new", "old"):
             means = series(own, "shots", lambda row, group=group: row[group])
             lines.append([TITLES[model], f"{group} classes, %", *means.values()])
-        for name, title in (("seconds", "seconds until they count"), ("milliseconds", "ms of a prediction")):
-            times = [[row[name] for row in own if row["shots"] == count] for count in counts]
-            lines.append([TITLES[model], title, *(f"{statistics.median(some):.3g}" for some in times)])
+        for name, title in (("seconds", "seconds to a recognition"), ("milliseconds", "ms of a prediction")):
+            times = [[row[name] for row in own if row["shots"] == n and row[name] is not None] for n in counts]
+            lines.append([TITLES[model], title, *(f"{statistics.median(some):.3g}" if some else "" for some in times)])
     intro = (
         "By the images of each new class. Accuracy among all classes; the median time from having the keys of these "
-        "images until a first image has been recognized with them; the median time of a prediction in batches."
+        "images until a test image of a new class has been recognized with them (nothing where none is); the median "
+        "time of a prediction in batches."
     )
     return _table("From the first image of a new class", intro, ["model", "", *map(str, counts)], lines)

@@ -1,7 +1,7 @@
 """What Table 1 and Figures 4 to 7 share: one folder, the splits, and the choice of settings."""
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -143,5 +143,5 @@ class Study:
         for row in self.record.rows:
             if row["part"] == "tuning" and row["model"] == model:
                 found[row["place"]].append(row["all"]["top1"])
-        sums = [math.fsum(scores) for scores in found]
-        return sums.index(max(sums))
+        means = [statistics.fmean(scores) for scores in found]
+        return means.index(max(means))
