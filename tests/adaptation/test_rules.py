@@ -81,6 +81,21 @@ def test_rule_has_a_derivative(rule: rules.Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+def test_the_derivative_is_finite_where_gradients_are_zero(rule: rules.Rule) -> None:
+    """As they are behind a ReLU that is off."""
+    params, state = {"w": torch.ones(2)}, rule.init({"w": torch.ones(2)})
+    x = torch.tensor([0.0, 1.0], requires_grad=True)
+    total = torch.zeros(2)
+    for _ in range(2):
+        delta, state = rule.update({"w": x * torch.tensor([0.0, 1.0])}, state, params, LOSS)
+        total = total + delta["w"]
+    total.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad[0] == 0
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
 def test_state_may_start_shared(rule: rules.Rule) -> None:
     """The state before the first step, made for one head, serves any number of them."""
     params, many = tensors(), {name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in SHAPES.items()}

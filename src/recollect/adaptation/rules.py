@@ -57,6 +57,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _ratio(factor: float, tensor: Tensor, squares: Tensor, epsilon: float) -> Tensor:
     """Returns ``factor * tensor / (sqrt(squares) + epsilon)`` in as few passes as it takes."""
+    if squares.requires_grad:  # at 0 the derivative of a root is infinite, and a meta-gradient through it NaN
+        squares = squares.clamp_min(torch.finfo(squares.dtype).tiny)
     # pow keeps its input for a derivative; sqrt keeps its output, which then could not be changed in place.
     root = squares.pow(0.5).add_(epsilon)
     return torch.addcdiv(root.new_zeros(()), tensor, root, value=factor)
