@@ -103,7 +103,7 @@ def panels(
     parts: Sequence[tuple[str, Sequence[Curve]]],
     path: Path,
     *,
-    xlabel: str,
+    xlabel: str | Sequence[str],
     ylabel: str | Sequence[str],
     log: bool = False,
 ) -> None:
@@ -112,15 +112,15 @@ def panels(
     Args:
         parts: Each panel's title and lines.
         path: The PNG.
-        xlabel: What the horizontal axes show; whole numbers, or on a logarithmic scale any.
+        xlabel: What the horizontal axes show, or what each of them shows; whole numbers, or on a logarithmic scale any.
         ylabel: What the vertical axes show, or what each of them shows.
         log: Whether the horizontal axes are logarithmic.
     """
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
-    labels = [ylabel] * len(parts) if isinstance(ylabel, str) else ylabel
-    for (title, lines), panel, label in zip(parts, axes, labels, strict=True):
+    across, up = ([label] * len(parts) if isinstance(label, str) else label for label in (xlabel, ylabel))
+    for (title, lines), panel, x, y in zip(parts, axes, across, up, strict=True):
         dress(panel)
-        _draw(panel, lines, title=title, xlabel=xlabel, ylabel=label, log=log)
+        _draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
     save(picture, path)
 
 
