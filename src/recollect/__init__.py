@@ -1,6 +1,6 @@
 """recollect: an episodic memory for PyTorch networks."""
 
-from recollect import continual, language
+from recollect import continual, language, meta
 from recollect.adaptation import LocalAdaptation, rules
 from recollect.heads import grow
 from recollect.kernels import dot_product, gaussian, inverse_distance
@@ -32,6 +32,7 @@ __all__ = [
     "inverse_distance",
     "language",
     "load",
+    "meta",
     "neural_cache",
     "rules",
     "save",

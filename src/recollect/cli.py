@@ -37,6 +37,10 @@ EXPERIMENTS = (
     Experiment("figure6", "MbPA by the size of the memory and the learning rate", "incremental.figure6", "Figure6"),
     Experiment("figure7", "MbPA by the number of neighbors", "incremental.figure7", "Figure7"),
     Experiment("new-classes", "1 to 20 images of each new class", "incremental.new_classes", "NewClasses"),
+    Experiment("mann-table1", "Omniglot, one look: MANN and LSTM, one-hot labels", "meta.mann", "MannTable1"),
+    Experiment("mann-table2", "the same with labels of five letters", "meta.mann", "MannTable2"),
+    Experiment("maml-omniglot", "few-shot Omniglot by MAML", "meta.maml_omniglot", "MamlOmniglot"),
+    Experiment("maml-sinusoid", "sine waves from a few points by MAML", "meta.maml_sinusoid", "MamlSinusoid"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 

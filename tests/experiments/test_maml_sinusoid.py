@@ -14,7 +14,7 @@ from recollect.models import mlp
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Scale(iterations=3, tasks=2, points=4, hidden=(5,), rates=(0.01, 0.02), valid=5, test=6)
+    tiny = Scale(iterations=3, tasks=2, hidden=(5,), rates=(0.01, 0.02), valid=5, test=6)
     monkeypatch.setattr(maml_sinusoid, "SCALES", {"smoke": tiny})
 
 
@@ -66,7 +66,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert table == (tmp_path / "table.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     models = ("MAML", "MAML, first order", "pretrained")
-    assert [(row["model"], row["shots"]) for row in rows] == [(m, shots) for m in models for shots in (5, 10)]
+    assert [(row["model"], row["shots"]) for row in rows] == [(m, shots) for shots in (5, 10) for m in models]
     assert all(len(row["mse"]) == len(row["interval"]) == 11 for row in rows)
     assert {row["rate"] for row in rows} <= {0.01, 0.02}
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

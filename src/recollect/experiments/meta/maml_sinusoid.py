@@ -4,6 +4,7 @@ A task is a sine wave of its own amplitude and phase. Beside MAML stands a netwo
 once, the best that one function can do for them all, and then adapts to the same points by as many steps.
 """
 
+import itertools
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from recollect.models import mlp
 PAPER = {"MAML": {1: 0.67, 5: 0.38, 10: 0.35}, "pretrained": {1: 2.41, 5: 2.23, 10: 2.19}}
 _COLORS = {"MAML": plots.NAVY, "MAML, first order": plots.BLUE, "pretrained": plots.GREEN}
 _STEPS = 10
-_TRAINING = ("iterations", "tasks", "points", "rate", "outer", "hidden", "seed")  # settings that a training depends on
+_TRAINING = ("iterations", "tasks", "rate", "outer", "hidden", "seed")  # settings that a training depends on
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,13 @@ class Scale:
 
     iterations: int = 70_000
     tasks: int = 25
-    points: int = 10
-    """Of each task in training."""
     rate: float = 0.01
     """Of a task's step in training."""
     outer: float = 1e-3
     """Of Adam."""
     hidden: tuple[int, ...] = (40, 40)
     shots: tuple[int, ...] = (5, 10)
-    """Points of each task in the test."""
+    """Points of each task; there is a network for each number."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02)
     """Tried for a task's steps in the test, with each model. (Ours.)"""
     valid: int = 4000
@@ -87,9 +86,9 @@ def run(config: MamlSinusoid) -> str:
     refuse_strange(config.out / "config.json", config.out / "figure.png")
     scale = SCALES[config.scale]
     record = Run(config.out, {"scale": config.scale, **asdict(scale)})
-    for model in _COLORS:
-        if any(record.find(part="test", model=model, shots=shots) is None for shots in scale.shots):
-            _measure(record, scale, model)
+    for shots, model in itertools.product(scale.shots, _COLORS):
+        if record.find(part="test", model=model, shots=shots) is None:
+            _measure(record, scale, model, shots)
     return _report(record, scale)
 
 
@@ -112,15 +111,15 @@ def waves(tasks: int, points: int, queries: int | None, *, generator: torch.Gene
     return Waves(x, amplitude * torch.sin(x - phase), new, amplitude * torch.sin(new - phase))
 
 
-def _measure(record: Run, scale: Scale, model: str) -> None:
-    """Trains a model, and adds the rows of its tests."""
+def _measure(record: Run, scale: Scale, model: str, shots: int) -> None:
+    """Trains a model, and adds the row of its test."""
     g = torch.Generator().manual_seed(scale.seed)
     net = mlp(1, *scale.hidden, 1, generator=g)
     maml = _adapting(net, scale.rate, first_order=model != "MAML")
     optimizer = torch.optim.Adam(net.parameters(), lr=scale.outer)
 
     def step(number: int) -> float:
-        some = waves(scale.tasks, scale.points, scale.points, generator=g)
+        some = waves(scale.tasks, shots, shots, generator=g)
         answers = net(some.queries) if model == "pretrained" else maml(some.x, some.y, some.queries)
         loss = mse_loss(answers, some.answers)
         optimizer.zero_grad()
@@ -128,18 +127,17 @@ def _measure(record: Run, scale: Scale, model: str) -> None:
         optimizer.step()
         return loss.item()
 
-    file = record.folder / "checkpoints" / f"{model.replace(', ', '-').replace(' ', '-')}.checkpoint"
+    file = record.folder / "checkpoints" / f"{model.replace(', ', '-').replace(' ', '-')}-{shots}.checkpoint"
     settings = asdict(scale)
-    run_of = {"model": model, **{name: settings[name] for name in _TRAINING}}
-    with Progress(scale.iterations, f"{model}: training") as progress:
+    run_of = {"model": model, "shots": shots, **{name: settings[name] for name in _TRAINING}}
+    with Progress(scale.iterations, f"{model}, {shots} points") as progress:
         parts = {"net": net, "optimizer": optimizer}
         train(file, parts, run=run_of, generator=g, steps=scale.iterations, step=step, progress=progress)
-    for shots in scale.shots:
-        rate = _best_rate(net, scale, shots)
-        errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(2)))
-        margin = 1.96 * errors.std(1) / math.sqrt(scale.test)
-        row = {"mse": _rounded(errors.mean(1)), "interval": _rounded(margin)}
-        record.add(part="test", model=model, shots=shots, rate=rate, **row)
+    rate = _best_rate(net, scale, shots)
+    errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(2)))
+    margin = 1.96 * errors.std(1) / math.sqrt(scale.test)
+    row = {"mse": _rounded(errors.mean(1)), "interval": _rounded(margin)}
+    record.add(part="test", model=model, shots=shots, rate=rate, **row)
 
 
 def _adapting(net: nn.Module, rate: float, *, first_order: bool = False) -> MAML:
