@@ -45,7 +45,7 @@ class Scale:
     hidden: tuple[int, ...] = (40, 40)
     shots: tuple[int, ...] = (5, 10)
     """Points of each task; there is a network for each number."""
-    rates: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02)
+    rates: tuple[float, ...] = (0.001, 0.002, 0.005, 0.006, 0.007, 0.008, 0.01, 0.02)
     """Tried for a task's steps in the test, with each model. (Ours.)"""
     valid: int = 4000
     """Tasks to choose the rate by. (Ours.)"""
