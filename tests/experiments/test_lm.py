@@ -353,7 +353,8 @@ def test_what_lies_on_a_device_is_brought_back(
     assert perplexities(capsys.readouterr().out) == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Training and reading on a device need one. That results come back from it is tested everywhere, just above.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it trains there and reads on both devices")
 def test_on_a_gpu(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(files, tmp_path / "lm", "--device", "cuda") == 0
     capsys.readouterr()

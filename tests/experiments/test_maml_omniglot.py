@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import rows_of_a_stopped_run
 from torch import nn
 
 from recollect.data import Characters
-from recollect.experiments.meta import maml_omniglot
+from recollect.experiments.meta import drawings, maml_omniglot
 from recollect.experiments.meta.maml_omniglot import PAPER, SCALES, Line, MamlOmniglot, Scale, network, run
 from recollect.experiments.runner import Run
 from recollect.meta import MAML
@@ -21,7 +22,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Scale:
     rows = torch.arange(1623)
     pixels = torch.randint(256, (1623, 20, 6, 6), dtype=torch.uint8, generator=g)
     data = Characters(pixels, tuple(map(str, range(1623))), rows[:964], rows[964:])
-    monkeypatch.setattr(maml_omniglot, "omniglot", lambda size, watch: data)
+    monkeypatch.setattr(drawings, "omniglot", lambda size, watch: data)
     monkeypatch.setattr(maml_omniglot, "_SIDE", 6)
     lines = (Line("linear", tasks=2), Line("convolutions", tasks=2, first_order=True))
     scale = Scale(4, lines, every=2, valid=3, test=5)
@@ -69,22 +70,8 @@ def test_a_run(tiny: Scale, tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def test_a_stopped_run_gives_the_same_rows(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(MamlOmniglot(out=tmp_path / "whole"))
-    real, calls = Run.add, []
-
-    def stop(self: Run, **row: object) -> None:
-        calls.append(row)
-        if len(calls) in {2, 4}:
-            raise KeyboardInterrupt
-        real(self, **row)
-
-    monkeypatch.setattr(Run, "add", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run(MamlOmniglot(out=tmp_path / "stopped"))
-    run(MamlOmniglot(out=tmp_path / "stopped"))
-    whole, stopped = ((tmp_path / name / "results.jsonl").read_text() for name in ("whole", "stopped"))
+def test_a_stopped_run_gives_the_same_rows(tiny: Scale, tmp_path: Path) -> None:
+    whole, stopped = rows_of_a_stopped_run(run, MamlOmniglot, tmp_path)
     assert stopped == whole
 
 
@@ -94,7 +81,7 @@ def test_the_accuracy_of_each_task(tiny: Scale, tmp_path: Path) -> None:
     maml = MAML(net, rule=maml_omniglot.rules.sgd(0.4))
     found = study._right(maml, line, 2, 7)
     some = study._draw(line, 2, 7, generator=torch.Generator().manual_seed(2))
-    assert set(some.classes.flatten().tolist()) <= set(study._splits[2].tolist())
+    assert set(some.classes.flatten().tolist()) <= set(study._data.splits[2].tolist())
     assert some.queries.shape == (7, 10, 1, 6, 6)
     for task in range(7):
         outputs = maml(some.support[[task]], some.support_labels[[task]], some.queries[[task]], steps=2)[0]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import rows_of_a_stopped_run
 
 from recollect.data import Characters
 from recollect.errors import SettingError
-from recollect.experiments.meta import mann, mann_report
+from recollect.experiments.meta import drawings, mann, mann_report
 from recollect.experiments.meta.mann import Batch, MannTable1, MannTable2, Scale, nearest, run
 from recollect.experiments.runner import Run
 
@@ -22,7 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = torch.randint(256, (1623, 20, 4, 4), dtype=torch.uint8, generator=g)
     rows = torch.arange(1623)
     data = Characters(pixels, tuple(map(str, range(1623))), rows[:964], rows[964:])
-    monkeypatch.setattr(mann, "omniglot", lambda size, watch: data)
+    monkeypatch.setattr(drawings, "omniglot", lambda size, watch: data)
     monkeypatch.setattr(mann, "_SIDE", 4)
     monkeypatch.setattr(mann, "_HIDDEN", 6)
     tiny = {"batch": 2, "every": 2, "valid": 3, "test": 4}
@@ -61,22 +62,8 @@ def test_a_run(tmp_path: Path, name: str, config: type) -> None:
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def test_a_stopped_run_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(MannTable1(out=tmp_path / "whole"))
-    real, calls = Run.add, []
-
-    def stop(self: Run, **row: object) -> None:
-        calls.append(row)
-        if len(calls) in {2, 4}:
-            raise KeyboardInterrupt
-        real(self, **row)
-
-    monkeypatch.setattr(Run, "add", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run(MannTable1(out=tmp_path / "stopped"))
-    run(MannTable1(out=tmp_path / "stopped"))
-    whole, stopped = ((tmp_path / name / "results.jsonl").read_text() for name in ("whole", "stopped"))
+def test_a_stopped_run_gives_the_same_rows(tmp_path: Path) -> None:
+    whole, stopped = rows_of_a_stopped_run(run, MannTable1, tmp_path)
     assert stopped == whole
 
 
@@ -107,9 +94,8 @@ def test_the_mean_over_episodes_and_its_interval(tmp_path: Path) -> None:
         assert row["interval"][k] == pytest.approx(1.96 * deviation / 2, abs=0.01)
 
 
-def test_characters_of_the_test_are_in_no_training(tmp_path: Path) -> None:
-    study = mann._Study(Run(tmp_path, {}), mann.SCALES["mann-table1"]["smoke"])
-    parts = [set(part.tolist()) for part in study._splits]
+def test_characters_of_the_test_are_in_no_training() -> None:
+    parts = [set(part.tolist()) for part in drawings.drawings(4, seed=0).splits]
     assert [len(part) for part in parts] == [1100, 100, 423]
     assert len(set.union(*parts)) == 1623
 

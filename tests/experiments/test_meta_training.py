@@ -10,10 +10,9 @@ from torch import nn
 from recollect.errors import FormatError, NonFiniteError
 from recollect.experiments.meta import training
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Progress
 
 
-def go(file: Path, *, steps: int = 7, stop: int = 0, bad: int = 0, rate: float = 0.1) -> tuple[object, list[int]]:
+def go(folder: Path, *, steps: int = 7, stop: int = 0, bad: int = 0, rate: float = 0.1) -> tuple[object, list[int]]:
     """Trains a layer on random numbers; at ``stop`` it is interrupted, at ``bad`` the loss is NaN."""
     g = torch.Generator().manual_seed(0)
     net = nn.Linear(3, 1)
@@ -33,9 +32,8 @@ def go(file: Path, *, steps: int = 7, stop: int = 0, bad: int = 0, rate: float =
         optimizer.step()
         return float("nan") if number == bad else loss.item()
 
-    with Progress(steps, "") as progress:
-        parts = {"net": net, "optimizer": optimizer}
-        train(file, parts, run={"rate": rate}, generator=g, steps=steps, step=step, progress=progress)
+    parts = {"net": net, "optimizer": optimizer}
+    train(folder, "a net, 3 inputs", parts, run={"rate": rate}, generator=g, steps=steps, step=step)
     return bits((net.state_dict(), optimizer.state_dict(), g.get_state())), seen
 
 
@@ -61,6 +59,7 @@ def test_what_was_not_saved_is_done_again(tmp_path: Path) -> None:
 
 def test_a_finished_training_is_loaded(tmp_path: Path) -> None:
     whole, _ = go(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["a-net-3-inputs.checkpoint"]
     assert go(tmp_path / "run") == (whole, [])
 
 

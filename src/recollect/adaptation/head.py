@@ -4,13 +4,12 @@ The function always computes what the module computes in evaluation mode, whatev
 nothing of it: it runs an empty shell of the module with the live parameters put in for one call.
 """
 
-import copy
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from recollect.adaptation.shell import empty_shell, select
 from recollect.errors import HeadError, require
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -31,16 +30,7 @@ class Head:
         require("head", module, nn.Module, "a torch.nn.Module that maps keys to outputs")
         self.module = module
         _check(module)
-        # deepcopy takes what its memo already holds, so the shell gets empty tensors instead of copies.
-        memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-        memo.update((id(b), b.to("meta")) for b in module.buffers())
-        try:
-            self._shell = copy.deepcopy(module, memo).eval()
-        except RuntimeError as error:  # a tensor that is computed from the parameters, kept as an attribute
-            raise HeadError(
-                f"the head ({type(module).__name__}) cannot be seen as a function of its parameters: {error} The old "
-                "torch.nn.utils.weight_norm and spectral_norm do this: use torch.nn.utils.parametrizations."
-            ) from error
+        self._shell = empty_shell(module, what="head").eval()
 
     def parameters(self) -> dict[str, Tensor]:
         """Returns the live parameters by name, detached."""
@@ -65,31 +55,17 @@ class Head:
         Raises:
             HeadError: If a name matches nothing, or the head has no parameters.
         """
-        first = {id(p): name for name, p in self.module.named_parameters()}
-        if not first:
+        if next(self.module.parameters(), None) is None:
             raise HeadError(
                 f"the head ({type(self.module).__name__}) has no parameters, so nothing can adapt. "
                 "Pass the network's last layers as the head, or use NonParametric."
             )
-        if names is None:
-            return tuple(first.values())
-        aliases = [(name, first[id(p)]) for name, p in self.module.named_parameters(remove_duplicate=False)]
-        for name in names:
-            if not any(_inside(alias, name) for alias, _ in aliases):
-                raise HeadError(
-                    f"the head has no parameter or submodule {name!r}. Its parameters: {list(first.values())}."
-                )
-        chosen = {parameter for alias, parameter in aliases if any(_inside(alias, name) for name in names)}
-        return tuple(name for name in first.values() if name in chosen)
+        return select(self.module, names, what="head")
 
 
 def _detached(tensor: Tensor) -> Tensor:
     # What was made under inference_mode can take part in no gradient, except as a copy.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _inside(parameter: str, name: str) -> bool:
-    return parameter == name or parameter.startswith(name + ".")
 
 
 def _check(module: nn.Module) -> None:
@@ -105,6 +81,3 @@ def _check(module: nn.Module) -> None:
                 f"{where} is a {type(part).__name__} without running statistics: its output for one key depends on "
                 "the other keys of the batch. Use track_running_stats=True, or LayerNorm."
             )
-        for kind, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            if nn.parameter.is_lazy(tensor):
-                raise HeadError(f"{kind!r} of {where} has no shape yet. Run the network once before wrapping it.")

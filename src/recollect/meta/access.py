@@ -1,6 +1,6 @@
 """The two ways into an external memory: a cell that reads and writes for a controller, one step at a time."""
 
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from recollect.errors import SettingError, ShapeError, require_number, require_tensor, require_whole
+from recollect.meta.initial import drawn
 
 # Keeps cosines of empty slots finite: 0. The default of torch.cosine_similarity.
 SMALLEST = 1e-8
 # Each number of a memory that holds nothing yet: not 0, where a cosine has no direction. (tristandeleu/ntm-one-shot.)
 EMPTY = 1e-6
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @runtime_checkable
@@ -259,15 +258,6 @@ class NTMAccess(nn.Module):
         # The same as powers that are divided by their sum, which for high powers would be 0 / 0.
         tiny = torch.finfo(weights.dtype).tiny
         return ((1 + softplus(sharpening)) * weights.clamp_min(tiny).log()).softmax(2)
-
-
-@torch.no_grad()
-def drawn(layer: Layer, inputs: int, generator: torch.Generator | None) -> Layer:
-    """Returns a layer made on the device "meta" with weights on the CPU, uniform in ``+-1/sqrt(inputs)`` as torch's."""
-    layer = layer.to_empty(device="cpu")
-    for parameter in layer.parameters():
-        parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-    return layer
 
 
 def _cosines(keys: Tensor, memory: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """``Batched``: a network as a function of its parameters, for many tasks side by side, each with its own."""
 
-import copy
-
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from recollect.adaptation.shell import aliases, empty_shell, select
 from recollect.errors import HeadError, require
 
 _NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm, which may keep running statistics
@@ -41,23 +40,13 @@ class Batched:
         require("net", net, nn.Module, "a torch.nn.Module that maps a task's inputs to outputs")
         _check(net)
         self.net = net
-        # deepcopy takes what its memo already holds, so the shell gets empty tensors instead of copies.
-        memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
-        memo.update((id(b), b.to("meta")) for b in net.buffers())
-        try:
-            self._shell = copy.deepcopy(net, memo).train()
-        except RuntimeError as error:  # a tensor that is computed from the parameters, kept as an attribute
-            raise HeadError(
-                f"the network ({type(net).__name__}) cannot be seen as a function of its parameters: {error} The old "
-                "torch.nn.utils.weight_norm and spectral_norm do this: use torch.nn.utils.parametrizations."
-            ) from error
+        self._shell = empty_shell(net, what="network").train()
         for part in self._shell.modules():
             if isinstance(part, _NORMS):
                 part.track_running_stats = False
                 part.running_mean = part.running_var = part.num_batches_tracked = None
         self._buffers = tuple(name for name, _ in self._shell.named_buffers(remove_duplicate=False))
-        names = {id(p): name for name, p in net.named_parameters()}
-        self._first = {alias: names[id(p)] for alias, p in net.named_parameters(remove_duplicate=False)}
+        self._first = aliases(net)
 
     def __call__(
         self, params: dict[str, Tensor], inputs: Shaped[Tensor, "t n *x"], *, constant: bool = False
@@ -105,16 +94,7 @@ class Batched:
         Raises:
             HeadError: If a name matches nothing.
         """
-        every = tuple(name for name, _ in self.net.named_parameters())
-        if names is None:
-            return every
-        chosen: set[str] = set()
-        for name in names:
-            found = {first for alias, first in self._first.items() if f"{alias}.".startswith(f"{name}.")}
-            if not found:
-                raise HeadError(f"the network has no parameter or submodule {name!r}. Its parameters: {list(every)}.")
-            chosen |= found
-        return tuple(name for name in every if name in chosen)
+        return select(self.net, names, what="network")
 
     def dtype(self) -> torch.dtype:
         """Returns the dtype in which the network computes: its first parameter's."""
@@ -134,8 +114,5 @@ def _check(net: nn.Module) -> None:
                 f"{where} is a {type(part).__name__}: a loss that changes by chance has no exact gradient through the "
                 "steps on it. Take it out, or set its p to 0."
             )
-        for kind, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            if nn.parameter.is_lazy(tensor):
-                raise HeadError(f"{kind!r} of {where} has no shape yet. Run the network once before wrapping it.")
     if next(net.parameters(), None) is None:
         raise HeadError(f"the network ({type(net).__name__}) has no parameters, so nothing can adapt.")

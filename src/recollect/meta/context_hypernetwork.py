@@ -11,6 +11,7 @@ from recollect.adaptation.workspace import workspace
 from recollect.errors import DtypeError, HeadError, SettingError, ShapeError, require_number, require_whole
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Context
+from recollect.meta.initial import drawn
 
 _BUDGET = 8 * 2**20  # bytes of what is computed for each neighbor of a chunk of queries, for each thread
 _LABELS = Categorical()
@@ -81,13 +82,10 @@ class ContextHypernetwork(nn.Module):
         require_whole("hidden_size", hidden_size)
         require_number("rate", rate)
         self.key_size = key_size
-        # Made without memory at first: they would draw weights, and move the global random state.
-        self.reader = nn.Linear(key_size + 2, hidden_size, device="meta").to_empty(device="cpu")
+        self.reader = drawn(nn.Linear(key_size + 2, hidden_size, device="meta"), key_size + 2, generator)
         self.key = nn.Linear(hidden_size, key_size, bias=False, device="meta").to_empty(device="cpu")
         self.strength = nn.Linear(hidden_size, 1, device="meta").to_empty(device="cpu")
         with torch.no_grad():
-            for parameter in self.reader.parameters():
-                parameter.uniform_(-((key_size + 2) ** -0.5), (key_size + 2) ** -0.5, generator=generator)
             self.key.weight.zero_()
             self.strength.weight.zero_()
             self.strength.bias.fill_(rate)

@@ -105,20 +105,6 @@ class LSTMStep(nn.Module):
         return torch.sigmoid(leave) * torch.tanh(cell), cell
 
 
-def linear(inputs: int, outputs: int, *, generator: torch.Generator | None = None) -> nn.Linear:
-    """Returns a linear layer with weights drawn as by ``nn.Linear`` itself, uniform in ``+-1 / sqrt(inputs)``.
-
-    Example:
-        >>> linear(20, 1, generator=torch.Generator().manual_seed(0))
-        Linear(in_features=20, out_features=1, bias=True)
-    """
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-    return layer
-
-
 def mapped(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     """Returns a rule's state, of tuples, lists, dictionaries, tensors and numbers, with ``function`` of each tensor.
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from recollect.adaptation.rules import Params
 from recollect.errors import SettingError, require_number, require_whole
-from recollect.meta.coordinates import LSTMStep, State, flatten, linear, log_and_sign, unflatten
+from recollect.meta.coordinates import LSTMStep, State, flatten, log_and_sign, unflatten
+from recollect.meta.initial import drawn
 
 
 class LSTMOptimizer(nn.Module):
@@ -63,7 +64,7 @@ class LSTMOptimizer(nn.Module):
         self.layers = nn.ModuleList(
             LSTMStep(inputs, units, bound=units**-0.5, generator=generator) for inputs, units in pairwise(widths)
         )
-        self.output = linear(sizes[-1], 1, generator=generator)
+        self.output = drawn(nn.Linear(sizes[-1], 1, device="meta"), sizes[-1], generator)
 
     def init(self, params: Params) -> tuple[State, ...]:
         """Returns the state before the first step, which is the same for all coordinates and kept once."""

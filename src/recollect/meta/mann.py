@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from recollect.errors import DtypeError, SettingError, ShapeError, require_choice, require_tensor, require_whole
-from recollect.meta.access import Access, LRUAccess, drawn
+from recollect.meta.access import Access, LRUAccess
+from recollect.meta.initial import drawn
 
 
 class MANNState(NamedTuple):

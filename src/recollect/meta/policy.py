@@ -7,7 +7,8 @@ from torch.nn.functional import pad, softplus
 
 from recollect.adaptation.rules import Params
 from recollect.errors import ShapeError, require_whole
-from recollect.meta.coordinates import flatten, linear, unflatten
+from recollect.meta.coordinates import flatten, unflatten
+from recollect.meta.initial import drawn
 
 History = tuple[Float[Tensor, "... _"], Float[Tensor, "... _ _"]]
 
@@ -60,8 +61,9 @@ class Policy(nn.Module):
             require_whole(name, size)
         self.history = history
         self.current = current
-        self.hidden = linear(history * (1 + parameters), hidden, generator=generator)
-        self.output = linear(hidden, parameters, generator=generator)
+        inputs = history * (1 + parameters)
+        self.hidden = drawn(nn.Linear(inputs, hidden, device="meta"), inputs, generator)
+        self.output = nn.Linear(hidden, parameters, device="meta").to_empty(device="cpu")
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
 

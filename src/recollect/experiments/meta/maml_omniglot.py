@@ -10,14 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.adaptation import rules
-from recollect.data import Characters, Episodes, class_split, episodes, omniglot
+from recollect.data import Episodes, episodes
 from recollect.errors import require_choice
 from recollect.experiments import plots
+from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Progress, Run, refuse_strange
+from recollect.experiments.runner import Run, refuse_strange
 from recollect.meta import MAML
+from recollect.meta.initial import drawn
 
 _SIDE = 28
 _NETWORKS = {"convolutions": "four convolutions", "linear": "no convolutions"}
@@ -62,7 +65,9 @@ class Scale:
     """(Paper: 60,000; the default of its code: 15,000.)"""
     lines: tuple[Line, ...]
     outer: float = 1e-3
-    """Of Adam. (Paper.)"""
+    """The rate of Adam. (Paper.)"""
+    last_outer: float = 1e-3
+    """What that rate falls to in the course of the training, along a cosine. (Paper: it does not fall.)"""
     every: int = 500
     """Iterations between two looks at validation tasks."""
     valid: int = 200
@@ -82,7 +87,7 @@ _ALL = (
 )
 SCALES = {
     "smoke": Scale(3, _FIVE, every=2, valid=4, test=10),
-    "small": Scale(15_000, _FIVE),
+    "small": Scale(10_000, _FIVE, last_outer=0.0),
     "paper": Scale(60_000, _ALL),
 }
 
@@ -123,24 +128,19 @@ def network(name: str, ways: int, *, generator: torch.Generator) -> nn.Sequentia
     layers: list[nn.Module] = []
     if name == "convolutions":
         for channels in (1, 64, 64, 64):
-            layers += (_layer(nn.Conv2d(channels, 64, 3, stride=2, padding=1, device="meta"), generator),)
+            layers += (drawn(nn.Conv2d(channels, 64, 3, stride=2, padding=1, device="meta"), 9 * channels, generator),)
             layers += (nn.BatchNorm2d(64), nn.ReLU())
         layers += (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     else:
         layers.append(nn.Flatten())
         sizes = (_SIDE**2, 256, 128, 64, 64)
         for inputs, outputs in itertools.pairwise(sizes):
-            layers += (_layer(nn.Linear(inputs, outputs, device="meta"), generator), nn.BatchNorm1d(outputs), nn.ReLU())
-    return nn.Sequential(*layers, _layer(nn.Linear(64, ways, device="meta"), generator))
-
-
-def _layer(layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> nn.Module:
-    layer = layer.to_empty(device="cpu")
-    bound = layer.weight[0].numel() ** -0.5
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer
+            layers += (
+                drawn(nn.Linear(inputs, outputs, device="meta"), inputs, generator),
+                nn.BatchNorm1d(outputs),
+                nn.ReLU(),
+            )
+    return nn.Sequential(*layers, drawn(nn.Linear(64, ways, device="meta"), 64, generator))
 
 
 class _Study:
@@ -149,14 +149,8 @@ class _Study:
         self._scale = scale
 
     @cached_property
-    def _data(self) -> Characters:
-        with Progress(1.0, "reading Omniglot") as progress:
-            return omniglot(_SIDE, watch=progress.advance)
-
-    @cached_property
-    def _splits(self) -> tuple[Tensor, ...]:
-        """Returns characters for training, validation and test."""
-        return class_split(1623, 1100, 100, 423, generator=torch.Generator().manual_seed(self._scale.seed))
+    def _data(self) -> Drawings:
+        return drawings(_SIDE, seed=self._scale.seed)
 
     def measure(self, line: Line) -> None:
         """Trains a network, and adds the row of its test."""
@@ -165,26 +159,26 @@ class _Study:
         net = network(line.network, line.ways, generator=g)
         maml = MAML(net, rule=rules.sgd(line.rate), steps=line.steps, first_order=line.first_order)
         optimizer = torch.optim.Adam(net.parameters(), lr=scale.outer)
+        schedule = CosineAnnealingLR(optimizer, scale.iterations, eta_min=scale.last_outer)
 
         def step(number: int) -> float:
-            some = self._draw(line, 0, line.tasks, generator=g)
+            some = self._draw(line, TRAIN, line.tasks, generator=g)
             outputs = maml(some.support, some.support_labels, some.queries)
             loss = cross_entropy(outputs.flatten(0, 1), some.query_labels.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             key = {"part": "learning", "line": asdict(line), "iterations": number}
             if number % scale.every == 0 and self._record.find(**key) is None:
-                right = self._right(maml, line, 1, scale.valid)
+                right = self._right(maml, line, VALID, scale.valid)
                 self._record.add(**key, loss=round(loss.item(), 5), accuracy=round(100 * float(right.mean()), 2))
             return loss.item()
 
-        file = self._record.folder / "checkpoints" / f"{line.title.replace(', ', '-').replace(' ', '-')}.checkpoint"
-        run_of = {"line": asdict(line), "iterations": scale.iterations, "outer": scale.outer, "seed": scale.seed}
-        with Progress(scale.iterations, line.title) as progress:
-            parts = {"net": net, "optimizer": optimizer}
-            train(file, parts, run=run_of, generator=g, steps=scale.iterations, step=step, progress=progress)
-        right = 100 * self._right(maml, line, 2, scale.test)
+        parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+        run_of = {"line": asdict(line), **asdict(scale)}
+        train(self._record.folder, line.title, parts, run=run_of, generator=g, steps=scale.iterations, step=step)
+        right = 100 * self._right(maml, line, TEST, scale.test)
         row = {"accuracy": round(float(right.mean()), 2), "interval": _margin(right)}
         size = sum(parameter.numel() for parameter in net.parameters())
         self._record.add(part="test", line=asdict(line), parameters=size, **row)
@@ -200,12 +194,12 @@ class _Study:
         """Returns tasks of a split with as many queries as shots; those to train on are turned by quarters."""
         return episodes(
             self._data.pixels[:, :, None],
-            self._splits[split],
+            self._data.splits[split],
             tasks=tasks,
             ways=line.ways,
             shots=line.shots,
             queries=line.shots,
-            turned=split == 0,
+            turned=split == TRAIN,
             generator=generator,
         )
 

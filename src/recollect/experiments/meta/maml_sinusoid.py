@@ -20,7 +20,7 @@ from recollect.adaptation import rules
 from recollect.errors import NonFiniteError, require_choice
 from recollect.experiments import plots
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Progress, Run, refuse_strange
+from recollect.experiments.runner import Run, refuse_strange
 from recollect.likelihoods import Gaussian
 from recollect.meta import MAML
 from recollect.models import mlp
@@ -127,12 +127,10 @@ def _measure(record: Run, scale: Scale, model: str, shots: int) -> None:
         optimizer.step()
         return loss.item()
 
-    file = record.folder / "checkpoints" / f"{model.replace(', ', '-').replace(' ', '-')}-{shots}.checkpoint"
     settings = asdict(scale)
     run_of = {"model": model, "shots": shots, **{name: settings[name] for name in _TRAINING}}
-    with Progress(scale.iterations, f"{model}, {shots} points") as progress:
-        parts = {"net": net, "optimizer": optimizer}
-        train(file, parts, run=run_of, generator=g, steps=scale.iterations, step=step, progress=progress)
+    parts, title = {"net": net, "optimizer": optimizer}, f"{model}, {shots} points"
+    train(record.folder, title, parts, run=run_of, generator=g, steps=scale.iterations, step=step)
     rate = _best_rate(net, scale, shots)
     errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(2)))
     margin = 1.96 * errors.std(1) / math.sqrt(scale.test)
@@ -149,7 +147,7 @@ def _adapting(net: nn.Module, rate: float, *, first_order: bool = False) -> MAML
 def _best_rate(net: nn.Module, scale: Scale, shots: int) -> float:
     """Returns the rate with the least mean error after 1 to 10 steps, on tasks that no test has."""
     some = waves(scale.valid, shots, None, generator=torch.Generator().manual_seed(1))
-    found = {}
+    found = dict.fromkeys(scale.rates, math.inf)
     for rate in scale.rates:
         with suppress(NonFiniteError):  # of points close together the steps may diverge
             found[rate] = float(_errors(net, rate, some)[1:].mean())

@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recollect.data import Characters, class_split, jittered, omniglot, sequences
+from recollect.data import jittered, sequences
 from recollect.errors import require_choice
 from recollect.experiments.meta import mann_report
+from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Progress, Run, refuse_strange
+from recollect.experiments.runner import Run, refuse_strange
 from recollect.meta import MANN, Labels, LRUAccess, LSTMBaseline, NTMAccess, by_instance, offset
 
 _SIDE, _INSTANCES, _HIDDEN = 20, 10, 200  # pixels, drawings of a character in an episode, units of a controller
@@ -52,6 +54,8 @@ class Scale:
     batch: int = 16
     rate: float = 1e-3
     """Of Adam."""
+    last_rate: float = 1e-3
+    """What the rate falls to in the course of the training, along a cosine."""
     clip: float = 10.0
     """The largest norm of a gradient."""
     every: int = 1000
@@ -70,12 +74,12 @@ _ALL = tuple((task, model) for task in (_STRINGS, _MORE) for model in ("mann", "
 SCALES = {
     "mann-table1": {
         "smoke": Scale(20, _TABLE1, every=10, valid=10, test=20),
-        "small": Scale(40_000, _TABLE1),
+        "small": Scale(40_000, _TABLE1, last_rate=0.0),
         "paper": Scale(100_000, (*_TABLE1, (_ONE_HOT, "mann-ff"))),
     },
     "mann-table2": {
         "smoke": Scale(10, _TABLE2, every=10, valid=10, test=20),
-        "small": Scale(40_000, _TABLE2),
+        "small": Scale(25_000, _TABLE2, last_rate=0.0),
         "paper": Scale(100_000, _ALL),
     },
 }
@@ -134,14 +138,8 @@ class _Study:
         self._scale = scale
 
     @cached_property
-    def _data(self) -> Characters:
-        with Progress(1.0, "reading Omniglot") as progress:
-            return omniglot(_SIDE, watch=progress.advance)
-
-    @cached_property
-    def _splits(self) -> tuple[Tensor, ...]:
-        """Returns characters for training, validation and test."""
-        return class_split(1623, 1100, 100, 423, generator=torch.Generator().manual_seed(self._scale.seed))
+    def _data(self) -> Drawings:
+        return drawings(_SIDE, seed=self._scale.seed)
 
     def measure(self, task: str, model: str) -> None:
         """Trains a model of a task, and adds the row of its test."""
@@ -152,38 +150,32 @@ class _Study:
         g = torch.Generator().manual_seed(scale.seed)
         net = _network(model, labels, generator=g)
         optimizer = torch.optim.Adam(net.parameters(), lr=scale.rate)
+        schedule = CosineAnnealingLR(optimizer, scale.batches, eta_min=scale.last_rate)
 
         def step(number: int) -> float:
-            batch = self._draw(task, 0, scale.batch, moved=True, generator=g)
-            loss = -labels.log_prob(logits_of(net, labels, batch), batch.labels).mean()
+            batch = self._draw(task, TRAIN, scale.batch, moved=True, generator=g)
+            loss = -labels.log_prob(_logits(net, labels, batch), batch.labels).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), scale.clip)
             optimizer.step()
+            schedule.step()
             key = {"part": "learning", "task": task, "model": model, "batches": number}
             if number % scale.every == 0 and self._record.find(**key) is None:
-                seen = self._draw(task, 1, scale.valid, moved=False, generator=torch.Generator().manual_seed(1))
+                seen = self._draw(task, VALID, scale.valid, moved=False, generator=torch.Generator().manual_seed(VALID))
                 self._record.add(**key, loss=round(loss.item(), 5), accuracy=_percent(_guess(net, labels, seen), seen))
             return loss.item()
 
-        file = self._record.folder / "checkpoints" / f"{model} {task}.checkpoint".replace(", ", "-").replace(" ", "-")
-        settings = {"task": task, "model": model, **asdict(scale)}
-        with Progress(scale.batches, f"{model}: {task}") as progress:
-            train(
-                file,
-                {"net": net, "optimizer": optimizer},
-                run=settings,
-                generator=g,
-                steps=scale.batches,
-                step=step,
-                progress=progress,
-            )
+        parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+        run_of = {"task": task, "model": model, **asdict(scale)}
+        title = f"{model}: {task}"
+        train(self._record.folder, title, parts, run=run_of, generator=g, steps=scale.batches, step=step)
         size = sum(parameter.numel() for parameter in net.parameters())
         self._test(task, model, lambda batch: _guess(net, labels, batch), parameters=size)
 
     def _test(self, task: str, model: str, guess: Callable[[Batch], Int[Tensor, "b t"]], **more: Any) -> None:
-        g = torch.Generator().manual_seed(2)
-        some = self._draw(task, 2, self._scale.test, moved=False, generator=g)
+        g = torch.Generator().manual_seed(TEST)
+        some = self._draw(task, TEST, self._scale.test, moved=False, generator=g)
         parts = [Batch(*part) for part in zip(some.inputs.split(100), some.labels.split(100), strict=True)]
         right = torch.cat([_right(guess(part), part.labels) for part in parts])
         margin = 1.96 * right.std(0) / math.sqrt(len(right))
@@ -195,7 +187,7 @@ class _Study:
         labels, ways = TASKS[task].labels, TASKS[task].ways
         some = sequences(
             self._data.pixels,
-            self._splits[split],
+            self._data.splits[split],
             tasks=count,
             ways=ways,
             instances=_INSTANCES,
@@ -215,14 +207,14 @@ def _network(model: str, labels: Labels, *, generator: torch.Generator) -> nn.Mo
     return LSTMBaseline.like(mann, generator=generator) if model == "lstm" else mann
 
 
-def logits_of(net: nn.Module, labels: Labels, batch: Batch) -> Float[Tensor, "b t s"]:
+def _logits(net: nn.Module, labels: Labels, batch: Batch) -> Float[Tensor, "b t s"]:
     """Returns what a network says of each drawing, given the labels of those before."""
     return net(offset(batch.inputs, labels.encode(batch.labels)))[0]
 
 
 @torch.inference_mode()
 def _guess(net: nn.Module, labels: Labels, batch: Batch) -> Int[Tensor, "b t"]:
-    return labels.predict(logits_of(net, labels, batch))
+    return labels.predict(_logits(net, labels, batch))
 
 
 def nearest(batch: Batch) -> Int[Tensor, "b t"]:
@@ -230,7 +222,8 @@ def nearest(batch: Batch) -> Int[Tensor, "b t"]:
     distances = torch.cdist(batch.inputs, batch.inputs)
     later = torch.ones_like(distances[0]).triu().bool()
     found = batch.labels.gather(1, distances.masked_fill(later, torch.inf).argmin(2))
-    return found.index_fill(1, torch.tensor([0]), -1)
+    found[:, 0] = -1
+    return found
 
 
 def _right(guesses: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> Float[Tensor, "b k"]:
