@@ -41,6 +41,13 @@ EXPERIMENTS = (
     Experiment("mann-table2", "the same with labels of five letters", "meta.mann", "MannTable2"),
     Experiment("maml-omniglot", "few-shot Omniglot by MAML", "meta.maml_omniglot", "MamlOmniglot"),
     Experiment("maml-sinusoid", "sine waves from a few points by MAML", "meta.maml_sinusoid", "MamlSinusoid"),
+    Experiment("meta-lstm", "few-shot Omniglot by the Meta-LSTM", "meta.few_shot", "MetaLstm"),
+    Experiment(
+        "few-shot",
+        "which memory? eight learners of the same tasks",
+        "meta.few_shot",
+        "FewShot",
+    ),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 
