@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_drawings import use_random_drawings
 from stopping import rows_of_a_stopped_run
 from torch import nn
 
-from recollect.data import Characters
-from recollect.experiments.meta import drawings, maml_omniglot
+from recollect.experiments.meta import maml_omniglot
 from recollect.experiments.meta.maml_omniglot import PAPER, SCALES, Line, MamlOmniglot, Scale, network, run
 from recollect.experiments.runner import Run
 from recollect.meta import MAML
@@ -18,14 +18,10 @@ from recollect.meta import MAML
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Scale:
     """Random drawings of a few pixels, and a run of seconds."""
-    g = torch.Generator().manual_seed(0)
-    rows = torch.arange(1623)
-    pixels = torch.randint(256, (1623, 20, 6, 6), dtype=torch.uint8, generator=g)
-    data = Characters(pixels, tuple(map(str, range(1623))), rows[:964], rows[964:])
-    monkeypatch.setattr(drawings, "omniglot", lambda size, watch: data)
+    use_random_drawings(monkeypatch, 6)
     monkeypatch.setattr(maml_omniglot, "_SIDE", 6)
-    lines = (Line("linear", tasks=2), Line("convolutions", tasks=2, first_order=True))
-    scale = Scale(4, lines, every=2, valid=3, test=5)
+    lines = (Line("linear", 4, tasks=2), Line("convolutions", 4, tasks=2, first_order=True))
+    scale = Scale(lines, every=2, valid=3, test=5)
     monkeypatch.setattr(maml_omniglot, "SCALES", {"smoke": scale})
     return scale
 
@@ -48,7 +44,8 @@ def test_the_settings_of_the_paper() -> None:
         (5, 32, 1, 0.4),
         (20, 16, 5, 0.1),
     }
-    assert SCALES["small"].lines == (Line("linear"), Line("convolutions"))
+    assert {line.iterations for line in lines.values()} == {60_000}
+    assert SCALES["paper"].last_outer == SCALES["paper"].outer, "the paper's rate does not fall"
 
 
 def test_a_run(tiny: Scale, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_drawings import use_random_drawings
 from stopping import rows_of_a_stopped_run
 
-from recollect.data import Characters
 from recollect.errors import SettingError
 from recollect.experiments.meta import drawings, mann, mann_report
 from recollect.experiments.meta.mann import Batch, MannTable1, MannTable2, Scale, nearest, run
@@ -19,11 +19,7 @@ from recollect.experiments.runner import Run
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random drawings of a few pixels, and a run of seconds."""
-    g = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (1623, 20, 4, 4), dtype=torch.uint8, generator=g)
-    rows = torch.arange(1623)
-    data = Characters(pixels, tuple(map(str, range(1623))), rows[:964], rows[964:])
-    monkeypatch.setattr(drawings, "omniglot", lambda size, watch: data)
+    use_random_drawings(monkeypatch, 4)
     monkeypatch.setattr(mann, "_SIDE", 4)
     monkeypatch.setattr(mann, "_HIDDEN", 6)
     tiny = {"batch": 2, "every": 2, "valid": 3, "test": 4}

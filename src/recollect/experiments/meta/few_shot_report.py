@@ -65,20 +65,19 @@ def _table(tests: dict[tuple[str, int], Row]) -> str:
 
 
 def _figure(record: Run, tests: dict[tuple[str, int], Row]) -> None:
-    picture, axes = plots.grid(3, columns=3, width=5.4, height=4.2)
+    picture, axes = plots.grid(3, columns=3, width=5.8, height=4.2)
     for panel, shots in zip(axes, (1, 5), strict=False):
         plots.dress(panel)
         panel.set_xscale("log")
-        panel.set_title(f"{shots} drawing{'s' if shots > 1 else ''} of each character", loc="left", fontsize=11)
+        panel.set_title(f"{_drawings(shots)} of each character", loc="left", fontsize=11)
         panel.set_xlabel("milliseconds to learn a task and answer a query")
         panel.set_ylabel("named correctly (%)")
-        panel.margins(x=0.25, y=0.1)
         for name, title in TITLES.items():
             if (name, shots) in tests:
                 row = tests[name, shots]
                 x, y = row["milliseconds"], row["accuracy"]
-                panel.errorbar([x], [y], yerr=[row["interval"]], fmt="o", color=_COLORS[name])
-                panel.annotate(title, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+                panel.errorbar(x, y, yerr=row["interval"], fmt="o", color=_COLORS[name], label=f"{title}  {y:.1f}")
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     last = axes[2]
     plots.dress(last)
     last.set_title("While learning: new characters", loc="left", fontsize=11)
@@ -89,7 +88,11 @@ def _figure(record: Run, tests: dict[tuple[str, int], Row]) -> None:
         for place, (shots, style) in enumerate(((1, "--"), (5, "-"))):
             x, y = [row["iterations"] for row in rows], [row["accuracy"][place] for row in rows]
             if rows:
-                last.plot(x, y, style, color=_COLORS[name], label=f"{TITLES[name]}, {shots}")
+                last.plot(x, y, style, color=_COLORS[name], label=f"{TITLES[name]}, {_drawings(shots)}")
     if last.lines:
-        last.legend(frameon=False, fontsize=9)
+        last.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     plots.save(picture, record.folder / "figure.png")
+
+
+def _drawings(shots: int) -> str:
+    return f"{shots} drawing{'s' if shots > 1 else ''}"

@@ -1,0 +1,181 @@
+"""Eight learners of the same characters: each against its definition, and a run that is stopped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from micro_drawings import use_random_drawings
+from stopping import rows_of_a_stopped_run
+from torch import nn
+
+from recollect import EpisodicMemory, LocalAdaptation, MbPA, NonParametric, rules
+from recollect.data import Episodes
+from recollect.experiments.meta import few_shot
+from recollect.experiments.meta import few_shot_learners as learners
+from recollect.experiments.meta.few_shot import ALL, META_LSTM, SCALES, FewShot, MetaLstm, Scale, run
+from recollect.experiments.runner import Run
+from recollect.meta import MANN, Labels, LRUAccess, offset
+
+_WAYS, _SHOTS = 3, 2
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Scale:
+    """Random drawings of a few pixels, and a run of seconds."""
+    use_random_drawings(monkeypatch, 17)
+    monkeypatch.setattr(few_shot, "_SIDE", 17)  # as many features as of 28
+    scale = Scale(2, 2, 2, 2, valid=1, test=2, timed=1, queries=1, every=1, steps=1)
+    monkeypatch.setattr(few_shot, "SCALES", {"smoke": scale})
+    return scale
+
+
+@pytest.fixture
+def some() -> Episodes:
+    """Two tasks, with labels in no order."""
+    g = torch.Generator().manual_seed(1)
+    labels = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 2, 0, 1, 0, 1]])
+    shape = (1, 4, 4)
+    return Episodes(
+        torch.rand(2, 6, *shape, generator=g),
+        labels,
+        torch.rand(2, 4, *shape, generator=g),
+        labels[:, :4],
+        labels[:, :3],
+    )
+
+
+@pytest.fixture
+def features() -> nn.Module:
+    return learners.network(4, 7, generator=torch.Generator().manual_seed(2))[:-1].eval()
+
+
+def test_the_network() -> None:
+    net = learners.network(28, 5, generator=torch.Generator().manual_seed(0))
+    assert net(torch.rand(3, 1, 28, 28)).shape == (3, 5)
+    assert net[:-1](torch.rand(3, 1, 28, 28)).shape == (3, few_shot._SIZE)
+
+
+def test_keys_are_of_length_one(features: nn.Module, some: Episodes) -> None:
+    found = learners.keys(features, some.support)
+    assert found.shape == (2, 6, 32)
+    raw = features(some.support[1, 4:5])[0]
+    torch.testing.assert_close(found[1, 4], raw / raw.norm())
+
+
+def test_nearest_and_prototypes(features: nn.Module, some: Episodes) -> None:
+    support, queries = learners.keys(features, some.support), learners.keys(features, some.queries)
+    (_, nearest), (_, prototypes) = learners.nearest(features)[0], learners.prototypes(features)[0]
+    for task in range(2):
+        labels = some.support_labels[task]
+        for place, query in enumerate(queries[task]):
+            ways = [float((query - key).norm()) for key in support[task]]
+            assert nearest(some)[task, place] == labels[ways.index(min(ways))]
+            means = [support[task][labels == label].mean(0) for label in range(_WAYS)]
+            far = [float((query - mean).norm()) for mean in means]
+            assert prototypes(some)[task, place] == far.index(min(far))
+
+
+def test_vote_and_mbpa(features: nn.Module, some: Episodes) -> None:
+    vote = {choice.settings["neighbors"]: choice.learner for choice in learners.vote(features, _SHOTS, _WAYS)}
+    assert vote.keys() == {3, 5, 6}
+    wanted = {"neighbors": 5, "rate": 10.0, "steps": 5}
+    mbpa = next(choice for choice in learners.mbpa(features, _SHOTS, _WAYS) if choice.settings == wanted)
+    for task in range(2):
+        memory = EpisodicMemory(capacity=6, key_size=32)
+        memory.write(learners.keys(features, some.support[task]), some.support_labels[task])
+        asked = learners.keys(features, some.queries[task])
+        votes = NonParametric(memory, classes=_WAYS, neighbors=3)(asked)
+        assert torch.equal(vote[3](some)[task], votes.argmax(-1))
+        head = nn.Linear(32, _WAYS)
+        head.weight.data.zero_()
+        head.bias.data.zero_()
+        layer = MbPA(head, memory, neighbors=5, adaptation=LocalAdaptation(rules.sgd(10.0), steps=5))
+        assert torch.equal(mbpa.learner(some)[task], layer(asked).argmax(-1))
+
+
+def test_mann_reads_each_query_after_the_support(features: nn.Module, some: Episodes) -> None:
+    g = torch.Generator().manual_seed(3)
+    labels = Labels(_WAYS)
+    access = LRUAccess(6, generator=g)
+    mann = MANN(32 + _WAYS, _WAYS, access=access, hidden=6, generator=g)
+    found = learners.read_on(features, mann, _WAYS)[0].learner(some)
+    for task in range(2):
+        for place in range(4):
+            images = torch.cat([some.support[task], some.queries[task, place][None]])
+            shown = torch.cat([some.support_labels[task], torch.tensor([0])])  # the last label is never seen
+            logits, _ = mann(offset(learners.keys(features, images)[None], labels.encode(shown[None])))
+            assert found[task, place] == logits[0, -1].argmax()
+
+
+def test_fine_tuning_starts_from_the_embedding(features: nn.Module, some: Episodes) -> None:
+    net = learners.with_head(features, 32, _WAYS)
+    assert torch.equal(net(some.support[0]), torch.zeros(6, _WAYS))
+    before = {name: value.clone() for name, value in features.state_dict().items()}
+    settings = {"layers": "all", "rate": 0.01, "steps": 20}
+    choices = learners.fine_tuning(features, 32, _WAYS)
+    learner = next(choice.learner for choice in choices if choice.settings == settings)
+    same = some._replace(queries=some.support, query_labels=some.support_labels)
+    assert torch.equal(learner(same), some.support_labels), "it knows what it was trained on"
+    assert all(torch.equal(before[name], value) for name, value in features.state_dict().items())
+
+
+def test_a_run(tiny: Scale, tmp_path: Path) -> None:
+    table = run(FewShot(out=tmp_path))
+    assert table == (tmp_path / "table.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for part in ("test", "cost"):
+        found = [(row["learner"], row["shots"]) for row in rows if row["part"] == part]
+        assert found == [(name, shots) for name in ALL for shots in (1, 5)]
+    learning = [(row["learner"], row["iterations"]) for row in rows if row["part"] == "learning"]
+    assert learning == [(name, number) for name in ("mann", "maml", "meta-lstm") for number in (1, 2)]
+    assert all(row["milliseconds"] > 0 for row in rows if row["part"] == "cost")
+    assert "| MAML |" in table
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert run(FewShot(out=tmp_path)) == table
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) -> None:
+    record = Run(tmp_path, {})
+    study = few_shot._Study(record, replace(tiny, valid=5, test=5))
+    study.test("mbpa", 5)
+    row = record.rows[-1]
+    choices = study._choices("mbpa", 5)
+    valid = [float(study._right(choice, 1, 5, 5).mean()) for choice in choices]
+    assert row["settings"] == choices[valid.index(max(valid))].settings
+    assert row["valid"] == round(max(valid), 2)
+    best = choices[valid.index(max(valid))]
+    assert row["accuracy"] == round(float(study._right(best, 2, 5, 5).mean()), 2)
+
+
+def test_the_meta_lstm_alone_and_a_stop(tiny: Scale, tmp_path: Path) -> None:
+    whole, stopped = (
+        [row for row in map(json.loads, text.splitlines()) if row["part"] != "cost"]
+        for text in rows_of_a_stopped_run(run, MetaLstm, tmp_path)
+    )
+    assert stopped == whole
+    assert {row["learner"] for row in whole} == set(META_LSTM)
+    run(FewShot(out=tmp_path / "whole"))  # adds what is missing
+
+
+def test_meta_learners_see_one_and_five_drawings_by_turns(
+    tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real = [], few_shot._Study._draw
+
+    def draw(self: few_shot._Study, split: int, tasks: int, shots: int, *, generator: torch.Generator) -> Episodes:
+        seen.append((split, tasks, shots))
+        return real(self, split, tasks, shots, generator=generator)
+
+    monkeypatch.setattr(few_shot._Study, "_draw", draw)
+    study = few_shot._Study(Run(tmp_path, {}), replace(tiny, maml=4, every=100))
+    assert study._maml.steps == 1
+    assert seen == [(0, 32, 1), (0, 8, 5)] * 2
+
+
+def test_the_scale_of_the_paper() -> None:
+    assert SCALES["paper"].meta_lstm == 75_000
+    assert SCALES["paper"].mann == 100_000
