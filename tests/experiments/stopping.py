@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from recollect.experiments.meta import training
 from recollect.experiments.runner import Run
 
 
@@ -22,6 +23,7 @@ def rows_of_a_stopped_run(run: Callable[[Any], str], config: Callable[..., Any],
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "add", stop)
+        patch.setattr(training, "_SECONDS", -1.0)  # every step is saved
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 run(config(out=folder / "stopped"))

@@ -100,6 +100,8 @@ def test_mann_reads_each_query_after_the_support(features: nn.Module, some: Epis
     labels = Labels(_WAYS)
     access = LRUAccess(6, generator=g)
     mann = MANN(32 + _WAYS, _WAYS, access=access, hidden=6, generator=g)
+    with torch.no_grad():
+        mann.controller.weight_ih.mul_(20)  # so that each label counts
     found = learners.read_on(features, mann, _WAYS)[0].learner(some)
     for task in range(2):
         for place in range(4):

@@ -80,6 +80,8 @@ def test_the_accuracy_of_each_task(tiny: Scale, tmp_path: Path) -> None:
     some = study._draw(line, 2, 7, generator=torch.Generator().manual_seed(2))
     assert set(some.classes.flatten().tolist()) <= set(study._data.splits[2].tolist())
     assert some.queries.shape == (7, 10, 1, 6, 6)
+    drawn = study._data.pixels[some.classes[0, 0]] / 255
+    assert (drawn == some.support[0, 0]).flatten(1).all(1).any(), "what is judged is not turned"
     for task in range(7):
         outputs = maml(some.support[[task]], some.support_labels[[task]], some.queries[[task]], steps=2)[0]
         right = [int(row.argmax()) == int(label) for row, label in zip(outputs, some.query_labels[task], strict=True)]

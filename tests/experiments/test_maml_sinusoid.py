@@ -61,6 +61,12 @@ def test_errors_are_those_of_gradient_descent_on_the_squared_error() -> None:
             optimizer.step()
 
 
+def test_the_rate_with_the_least_error_is_chosen() -> None:
+    net = mlp(1, 5, 1, generator=torch.Generator().manual_seed(0))
+    scale = Scale(rates=(1e-6, 0.02, 1e9), valid=20)  # too small, right, divergent
+    assert maml_sinusoid._best_rate(net, scale, 5) == 0.02
+
+
 def test_a_run(tmp_path: Path) -> None:
     table = run(MamlSinusoid(out=tmp_path))
     assert table == (tmp_path / "table.md").read_text()
