@@ -10,14 +10,23 @@ from recollect.experiments.meta import training
 from recollect.experiments.runner import Run
 
 
-def rows_of_a_stopped_run(run: Callable[[Any], str], config: Callable[..., Any], folder: Path) -> tuple[str, str]:
-    """Returns the rows of a run, and those of another one that was stopped before its 2nd and its 3rd row."""
+def rows_of_a_stopped_run(
+    run: Callable[[Any], str], config: Callable[..., Any], folder: Path, *, stops: tuple[int, int] = (2, 4)
+) -> tuple[str, str]:
+    """Returns the rows of a run, and those of another one that was stopped twice, before its 2nd and its 3rd row.
+
+    Args:
+        run: Runs an experiment.
+        config: Takes the folder of a run.
+        folder: For both runs.
+        stops: At which attempts to add a row the run is stopped.
+    """
     run(config(out=folder / "whole"))
     real, calls = Run.add, []
 
     def stop(self: Run, **row: object) -> None:
         calls.append(row)
-        if len(calls) in {2, 4}:
+        if len(calls) in stops:
             raise KeyboardInterrupt
         real(self, **row)
 

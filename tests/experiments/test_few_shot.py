@@ -101,13 +101,13 @@ def test_mann_reads_each_query_after_the_support(features: nn.Module, some: Epis
     access = LRUAccess(6, generator=g)
     mann = MANN(32 + _WAYS, _WAYS, access=access, hidden=6, generator=g)
     with torch.no_grad():
-        mann.controller.weight_ih.mul_(20)  # so that each label counts
+        mann.controller.weight_ih.mul_(5)  # so that each label counts
     found = learners.read_on(features, mann, _WAYS)[0].learner(some)
     for task in range(2):
         for place in range(4):
             images = torch.cat([some.support[task], some.queries[task, place][None]])
             shown = torch.cat([some.support_labels[task], torch.tensor([0])])  # the last label is never seen
-            logits, _ = mann(offset(learners.keys(features, images)[None], labels.encode(shown[None])))
+            logits, _ = mann(offset(32**0.5 * learners.keys(features, images)[None], labels.encode(shown[None])))
             assert found[task, place] == logits[0, -1].argmax()
 
 
@@ -156,7 +156,7 @@ def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) ->
 def test_the_meta_lstm_alone_and_a_stop(tiny: Scale, tmp_path: Path) -> None:
     whole, stopped = (
         [row for row in map(json.loads, text.splitlines()) if row["part"] != "cost"]
-        for text in rows_of_a_stopped_run(run, MetaLstm, tmp_path)
+        for text in rows_of_a_stopped_run(run, MetaLstm, tmp_path, stops=(6, 8))
     )
     assert stopped == whole
     assert {row["learner"] for row in whole} == set(META_LSTM)

@@ -211,7 +211,7 @@ class _Study:
     @cached_property
     def _mann(self) -> MANN:
         features, labels, g = self._features, Labels(_WAYS), self._generator()
-        known = torch.stack([learners.keys(features, drawn / 255) for drawn in self._turned])
+        known = torch.stack([learners.entries(features, drawn / 255) for drawn in self._turned])
         size = _SIZE + labels.size
         mann = MANN(size, labels.size, access=LRUAccess(200, generator=g), generator=g)
 

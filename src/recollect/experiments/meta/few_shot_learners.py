@@ -61,6 +61,12 @@ def keys(features: nn.Module, images: Float[Tensor, "*b c h w"]) -> Float[Tensor
     return normalize(features(images.flatten(0, -4)), dim=-1).unflatten(0, images.shape[:-3])
 
 
+def entries(features: nn.Module, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b d"]:
+    """Returns the keys of drawings in the size in which a network reads them best: with a mean square of 1."""
+    found = keys(features, images)
+    return found * found.shape[-1] ** 0.5
+
+
 def nearest(features: nn.Module) -> list[Choice]:
     """The label of the nearest drawing."""
 
@@ -154,7 +160,7 @@ def read_on(features: nn.Module, mann: MANN, ways: int) -> list[Choice]:
     labels = Labels(ways)
 
     def learner(some: Episodes) -> Int[Tensor, "t q"]:
-        support, queries = keys(features, some.support), keys(features, some.queries)
+        support, queries = entries(features, some.support), entries(features, some.queries)
         codes = labels.encode(some.support_labels)
         with torch.no_grad():
             _, state = mann(offset(support, codes))
