@@ -1,10 +1,11 @@
 """Which memory should I use? Omniglot, a few drawings of each of five new characters, learned in eight ways.
 
 One embedding is trained once, by naming all characters of the training split. The nearest neighbor, the vote,
-prototypes, MbPA and fine-tuning stand on it as it is; MANN reads its features; MAML and the Meta-LSTM train a network
-of the same shape themselves. All answer the same queries; what it costs stands beside how often they are right.
+prototypes, MbPA and fine-tuning stand on it as it is; MANN reads its features; MAML and the Meta-LSTM train it further,
+as their start. All answer the same queries; what it costs stands beside how often they are right.
 """
 
+import copy
 import itertools
 import math
 import time
@@ -227,17 +228,20 @@ class _Study:
     @cached_property
     def _maml(self) -> MAML:
         g = self._generator()
-        maml = MAML(learners.network(_SIDE, _WAYS, generator=g), rule=rules.sgd(self._scale.inner))
+        maml = MAML(self._start(), rule=rules.sgd(self._scale.inner))
         self._meta_train("maml", maml, self._scale.maml, (32, 8), generator=g)
         return maml
 
     @cached_property
     def _meta_lstm(self) -> MAML:
         g = self._generator()
-        net, rule = learners.network(_SIDE, _WAYS, generator=g), MetaLSTM(generator=g)
-        maml = MAML(net, rule=rule, steps=self._scale.steps, first_order=True)
+        maml = MAML(self._start(), rule=MetaLSTM(generator=g), steps=self._scale.steps, first_order=True)
         self._meta_train("meta-lstm", maml, self._scale.meta_lstm, (4, 4), generator=g)
         return maml
+
+    def _start(self) -> nn.Module:
+        """Returns where the learned starts begin, which is where fine-tuning starts."""
+        return learners.with_head(copy.deepcopy(self._features), _SIZE, _WAYS)
 
     def _meta_train(
         self, name: str, maml: MAML, iterations: int, tasks: tuple[int, int], *, generator: torch.Generator
