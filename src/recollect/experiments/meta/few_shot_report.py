@@ -56,7 +56,7 @@ def _table(tests: dict[tuple[str, int], Row]) -> str:
             lines.append(cells)
     intro = (
         "How often a query is named, in tasks of five characters that no training has seen, with 95 % intervals over "
-        "tasks; and the milliseconds to learn a task and answer one query of it, one task at a time. All begin with one "
+        "tasks; and the milliseconds to learn a task and answer one query of it, one at a time. All begin with one "
         "embedding, which MAML and the Meta-LSTM train further. Fine-tuning, MAML and the Meta-LSTM see all queries of "
         "a task at once and normalize by their statistics, as in the code of MAML; the others answer each by itself."
     )
