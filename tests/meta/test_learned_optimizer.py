@@ -12,6 +12,7 @@ from torch import nn
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Parametric, rules
 from recollect.adaptation.rules import Params
 from recollect.errors import NonFiniteError, SettingError
+from recollect.meta import coordinates
 from recollect.meta.learned_optimizer import LSTMOptimizer
 from recollect.meta.meta_lstm import MetaLSTM
 from recollect.meta.objectives import Problem, logistic_regression, quadratics
@@ -104,6 +105,17 @@ def test_many_rows_are_the_rows_one_by_one() -> None:
             delta, state = rule.update({name: g[row] for name, g in grad.items()}, state, alone, LOSS)
         for name in params:
             torch.testing.assert_close(together[name][row], delta[name], rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_of_coordinates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    step = coordinates.LSTMStep(2, 3, bound=1.0, generator=g).double()
+    inputs, state = torch.randn(7, 2, generator=g).double(), torch.randn(2, 7, 3, generator=g).double().unbind()
+    for start in (state, tuple(part[:1] for part in state)):  # of each coordinate, and one for all
+        whole = step(inputs, start)
+        monkeypatch.setattr(coordinates, "_BLOCK", 3)
+        torch.testing.assert_close(step(inputs, start), whole)
+        monkeypatch.undo()
 
 
 def test_weights_come_from_the_generator(rng_untouched: Untouched) -> None:

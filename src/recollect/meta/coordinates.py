@@ -12,6 +12,7 @@ from recollect.adaptation.rules import Params
 from recollect.errors import ShapeError
 
 State = tuple[Float[Tensor, "#n _"], Float[Tensor, "#n _"]]
+_BLOCK = 4096  # coordinates whose gates stay in a processor's cache: twice as fast as all at once
 
 
 def flatten(tensors: Params, loss: Float[Tensor, "*b"], *, like: Params) -> Float[Tensor, "*b n"]:
@@ -98,8 +99,16 @@ class LSTMStep(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "n i"], state: State) -> State:
         """Returns the next hidden and cell state; a state of one row serves any number of coordinates."""
-        hidden, cell = state
-        gates = torch.addmm(self.bias, torch.cat([inputs, hidden.expand(len(inputs), -1)], 1), self.weight.mT)
+        count = len(inputs)
+        parts = (inputs, *(part.expand(count, -1) for part in state))
+        if count <= _BLOCK:
+            return self._block(*parts)
+        blocks = [self._block(*block) for block in zip(*(part.split(_BLOCK) for part in parts), strict=True)]
+        hidden, cell = (torch.cat(part) for part in zip(*blocks, strict=True))
+        return hidden, cell
+
+    def _block(self, inputs: Float[Tensor, "n i"], hidden: Float[Tensor, "n h"], cell: Float[Tensor, "n h"]) -> State:
+        gates = torch.addmm(self.bias, torch.cat([inputs, hidden], 1), self.weight.mT)
         enter, forget, new, leave = gates.chunk(4, 1)  # in torch's order
         cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
         return torch.sigmoid(leave) * torch.tanh(cell), cell

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ from recollect.experiments.runner import Run, refuse_strange
 from recollect.meta import MAML, MANN, Labels, LRUAccess, MetaLSTM, offset
 
 _SIDE, _WAYS, _SHOTS, _SIZE = 28, 5, (1, 5), 128  # pixels, classes of a task, drawings of each, features
+_TRAINING = ("inner", "steps", "rate", "rule_rate", "seed")  # settings that a training depends on
 META_LSTM = ("nearest", "fine-tuning", "meta-lstm")
 ALL = ("nearest", "vote", "prototypes", "mbpa", "mann", "fine-tuning", "maml", "meta-lstm")
 
@@ -73,7 +74,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(3, 2, 2, 2, valid=3, test=5, timed=2, every=2),
-    "small": Scale(6_000, 8_000, 6_000, 3_000),
+    "small": Scale(6_000, 8_000, 6_000, 1_500),
     "paper": Scale(60_000, 100_000, 60_000, 75_000),
 }
 
@@ -289,7 +290,7 @@ class _Study:
             return value.item()
 
         parts: dict[str, Part] = {"net": net, "optimizer": optimizer, "schedule": schedule}
-        run_of: dict[str, Any] = {"learner": name, **asdict(scale)}
+        run_of = {"learner": name, "iterations": iterations, **{k: getattr(scale, k) for k in _TRAINING}}
         train(self._record.folder, name, parts, run=run_of, generator=generator, steps=iterations, step=step)
 
     def _generator(self) -> torch.Generator:
