@@ -168,9 +168,11 @@ def test_a_batch_of_training(tiny: Scale, tmp_path: Path) -> None:
     model = study._model(tiny.lines[1], g)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     side, targets, _ = rows(texts.train, 3)
+    state = model.initial(3)
     for number in range(4):
         start = 70 * (number % 2)
-        state = model.initial(3) if start == 0 else state
+        if start == 0:
+            state = model.initial(3)
         logits, state = model(side[:, start : start + 70], state, generator=g)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, start : start + 70].flatten())
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * number / 4)) / 2

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 from recollect.data import Dataset
 from recollect.experiments.meta import hypernet_mnist
 from recollect.experiments.meta.hypernet_mnist import (
-    SCALES,
     HypernetMnist,
     Scale,
     cropped,
@@ -111,7 +110,7 @@ def test_a_stopped_run_gives_the_same_rows(tiny: Scale, tmp_path: Path, monkeypa
 
 
 def test_an_epoch_is_adam_on_whole_batches(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of a batch add up to its gradient, and the rate falls by the same factor with each batch."""
+    """The parts of a batch add up to its gradient, and the rate falls along a cosine."""
     monkeypatch.setattr(hypernet_mnist, "cropped", lambda images, generator: images)
     run(HypernetMnist(out=tmp_path))
     (row,) = [
@@ -124,11 +123,9 @@ def test_an_epoch_is_adam_on_whole_batches(tiny: Scale, tmp_path: Path, monkeypa
     g = torch.Generator().manual_seed(0)
     net = network("ordinary", generator=g)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-    for number in range(4):
-        if number % 2 == 0:
-            order = torch.randperm(30, generator=g)
-        rows = order[:20] if number % 2 == 0 else order[20:]
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1e-4 / 5e-3) ** (number / 4)
+    batches = [part for _ in range(2) for part in torch.randperm(30, generator=g).split(20)]
+    for number, rows in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * number / 4)) / 2
         some = data.train.take(rows)
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(some.inputs.view(-1, 1, 28, 28)), some.labels).backward()
@@ -136,8 +133,3 @@ def test_an_epoch_is_adam_on_whole_batches(tiny: Scale, tmp_path: Path, monkeypa
     torch.testing.assert_close(torch.tensor(row["kernel"]) / 1000, second_kernel(net)[0], rtol=0, atol=1.1e-3)
     right = [int(net(x.view(1, 1, 28, 28)).argmax()) == int(y) for x, y in zip(*data.test, strict=True)]
     assert row["accuracy"] == round(100 * sum(right) / 9, 2)
-
-
-def test_the_rate_of_the_paper_falls_as_in_the_notebook() -> None:
-    paper = SCALES["paper"]
-    assert math.isclose((paper.last_rate / paper.rate) ** (1 / (55 * paper.epochs)), 0.999, abs_tol=1e-5)

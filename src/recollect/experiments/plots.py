@@ -132,7 +132,6 @@ def panels(
     xlabel: str | Sequence[str],
     ylabel: str | Sequence[str],
     log: bool = False,
-    digits: int = 1,
 ) -> None:
     """Draws lines in panels of their own, two beside each other, with a band of one standard error.
 
@@ -142,12 +141,11 @@ def panels(
         xlabel: What the horizontal axes show, or what each of them shows; whole numbers, or on a logarithmic scale any.
         ylabel: What the vertical axes show, or what each of them shows.
         log: Whether the horizontal axes are logarithmic.
-        digits: Of the last values behind the labels, after the point.
     """
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     across, up = ([label] * len(parts) if isinstance(label, str) else label for label in (xlabel, ylabel))
     for (title, lines), panel, x, y in zip(parts, axes, across, up, strict=True):
-        draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log, digits=digits)
+        draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
     save(picture, path)
 
 

@@ -29,6 +29,7 @@ TITLES = {
 }
 _COLORS = {"lstm": plots.GREEN, "ln-lstm": plots.ORANGE, "hyperlstm": plots.BLUE, "ln-hyperlstm": plots.NAVY}
 _TIMED = 5  # batches
+_BITS = "bits per character, validation"
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,9 @@ def _report(record: Run, scale: Scale) -> str:
             cells = [TITLES[line.kind], str(line.units), f"{row['parameters']:,}", f"{line.batches:,}"]
             bits = [f"{row['valid']:.3f}", f"{row['test']:.3f}", f"{PAPER[line.kind]:.3f}"]
             lines.append([*cells, f"{line.batches * minutes:.1f}", *bits])
-            by_batches.append(_curve(record, line, 1.0))
-            by_minutes.append(_curve(record, line, minutes))
+            shorter = any(other.kind == line.kind and other.batches > line.batches for other in scale.lines)
+            by_batches.append(_curve(record, line, 1.0, shorter=shorter))
+            by_minutes.append(_curve(record, line, minutes, shorter=shorter))
     intro = (
         "Bits per character of Penn Treebank. Minutes are those of one core: batches times the processor time of one, "
         "forward and back."
@@ -269,15 +271,18 @@ def _report(record: Run, scale: Scale) -> str:
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     table = f"## hyperlstm\n\n{intro}\n\n{body}\n"
     record.write_table(table)
-    parts = [("While learning: by batches", by_batches), ("The same by time on one core", by_minutes)]
-    labels = {"xlabel": ["batches", "minutes"], "ylabel": "bits per character, validation"}
-    plots.panels(parts, record.folder / "figure.png", **labels, digits=3)
+    picture, panels = plots.grid(2, columns=2, width=5.6, height=4.4)
+    for panel, curves, unit in zip(panels, (by_batches, by_minutes), ("batches", "minutes on one core"), strict=True):
+        title = f"While learning, by {unit}"
+        plots.draw(panel, curves, title=title, xlabel=unit, ylabel=_BITS, digits=3, beside=False)
+    plots.save(picture, record.folder / "figure.png")
     return table
 
 
-def _curve(record: Run, line: Line, unit: float) -> plots.Curve:
-    """Returns a line of the figure, at so many units of time for each batch."""
+def _curve(record: Run, line: Line, unit: float, *, shorter: bool) -> plots.Curve:
+    """Returns a line of the figure, at so many units of time for each batch; the shorter one of a kind is dashed."""
     found = [row for row in record.rows if row["part"] == "learning" and row["line"] == asdict(line)]
     x, y = [row["batches"] * unit for row in found], [row["bits"] for row in found]
     label = f"{TITLES[line.kind]}, {line.batches:,} batches"
-    return plots.Curve(label, x, y, [0.0] * len(y), _COLORS[line.kind], width=1.8)
+    style = "--" if shorter else "-"
+    return plots.Curve(label, x, y, [0.0] * len(y), _COLORS[line.kind], style=style)
