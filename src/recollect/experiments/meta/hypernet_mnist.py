@@ -171,7 +171,7 @@ class _Study:
         train(self._record.folder, TITLES[kind], parts, run=run_of, generator=g, steps=scale.epochs, step=epoch)
         kernel, size = second_kernel(net)
         accuracy = round(_accuracy(net, data.test), 2)
-        row = {"parameters": _count(net.parameters()), "second": size, "kernel": (1000 * kernel).int().tolist()}
+        row = {"parameters": _count(net.parameters()), "second": size, "kernel": (1000 * kernel).round().int().tolist()}
         self._record.add(part="test", kind=kind, accuracy=accuracy, images=scale.test, **row)
 
 
