@@ -48,6 +48,8 @@ EXPERIMENTS = (
         "meta.few_shot",
         "FewShot",
     ),
+    Experiment("hypernet-mnist", "MNIST by a kernel made of four numbers", "meta.hypernet_mnist", "HypernetMnist"),
+    Experiment("hyperlstm", "characters of PTB: HyperLSTM, layer-norm LSTM, LSTM", "meta.hyperlstm", "HyperLstmRun"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 

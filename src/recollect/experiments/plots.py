@@ -75,11 +75,34 @@ def save(picture: "Figure", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylabel: str, log: bool) -> None:
+def draw(
+    axes: "Axes",
+    lines: Sequence[Curve],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+    digits: int = 1,
+    beside: bool = True,
+) -> None:
+    """Draws lines in one panel, with a band of one standard error.
+
+    Args:
+        axes: The panel.
+        lines: What to draw; a line's last value stands behind its label.
+        title: Above the panel.
+        xlabel: What the horizontal axis shows; whole numbers, or on a logarithmic scale any.
+        ylabel: What the vertical axis shows.
+        log: Whether the horizontal axis is logarithmic.
+        digits: Of the last values, after the point.
+        beside: Whether the labels stand beside the panel or, of lines that fall, in its upper right corner.
+    """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+    dress(axes)
     for line in sorted(lines, key=lambda line: -line.mean[-1]):
-        label = f"{line.label}  {line.mean[-1]:.1f}"
+        label = f"{line.label}  {line.mean[-1]:.{digits}f}"
         axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=line.width, label=label)
         low = [m - e for m, e in zip(line.mean, line.error, strict=True)]
         high = [m + e for m, e in zip(line.mean, line.error, strict=True)]
@@ -96,7 +119,10 @@ def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylab
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    if beside:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    else:
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
 def panels(
@@ -119,9 +145,20 @@ def panels(
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     across, up = ([label] * len(parts) if isinstance(label, str) else label for label in (xlabel, ylabel))
     for (title, lines), panel, x, y in zip(parts, axes, across, up, strict=True):
-        dress(panel)
-        _draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
+        draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
     save(picture, path)
+
+
+def mosaic(axes: "Axes", kernels: "Tensor", *, title: str) -> None:
+    """Draws the kernels of a convolution beside each other: a row for each output, a column for each input."""
+    rows, columns, high, wide = kernels.shape
+    tiles = kernels.new_full((rows, columns, high + 1, wide + 1), float("nan"))  # a white line between them
+    tiles[:, :, :high, :wide] = kernels
+    limit = float(kernels.abs().max())
+    table = tiles.transpose(1, 2).reshape(rows * (high + 1), columns * (wide + 1))[:-1, :-1]
+    axes.imshow(table.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, loc="left", fontsize=11)
 
 
 def heat_maps(parts: Sequence[tuple[str, "Tensor"]], path: Path, *, title: str) -> None:
