@@ -42,12 +42,7 @@ EXPERIMENTS = (
     Experiment("maml-omniglot", "few-shot Omniglot by MAML", "meta.maml_omniglot", "MamlOmniglot"),
     Experiment("maml-sinusoid", "sine waves from a few points by MAML", "meta.maml_sinusoid", "MamlSinusoid"),
     Experiment("meta-lstm", "few-shot Omniglot by the Meta-LSTM", "meta.few_shot", "MetaLstm"),
-    Experiment(
-        "few-shot",
-        "which memory? eight learners of the same tasks",
-        "meta.few_shot",
-        "FewShot",
-    ),
+    Experiment("few-shot", "which memory? eight learners of the same tasks", "meta.few_shot", "FewShot"),
     Experiment("hypernet-mnist", "MNIST by a kernel made of four numbers", "meta.hypernet_mnist", "HypernetMnist"),
     Experiment("hyperlstm", "characters of PTB: HyperLSTM, layer-norm LSTM, LSTM", "meta.hyperlstm", "HyperLstmRun"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
