@@ -66,15 +66,15 @@ def test_a_rule_that_is_not_learned_adds_nothing() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_rule_moves_along(name: str) -> None:
-    model = layer(RULES[name]())
+    model = layer(rule := RULES[name]())
     before = model(queries())
     model.to(torch.float64)
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {p.dtype for p in (*model.parameters(), *rule.parameters())} == {torch.float64}
     after = model(queries(torch.float64))
     assert after.dtype == torch.float64
     torch.testing.assert_close(after, before.double(), rtol=1e-3, atol=1e-4)
     model.half()
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert {p.dtype for p in (*model.parameters(), *rule.parameters())} == {torch.float16}
     assert model(queries(torch.float16)).isfinite().all()
 
 
