@@ -163,3 +163,36 @@ def recurrent(inputs: int, hidden: int, words: int) -> Work:
     """An LSTM that reads one text: all its weights meet each word, and those on its own outputs pass for each word."""
     weights = 4 * hidden * (inputs + hidden)
     return Work(words * weights, FLOAT * 4 * hidden * (inputs + words * hidden))
+
+
+def maml(first: int, rest: int, *, tasks: int, support: int, queries: int, numbers: int) -> Work:
+    """The gradient of MAML with one step, through that step.
+
+    Of each layer ``y = W x`` three products belong to a gradient: y, dW and dx, and to the gradient through a gradient
+    two for each of them. The first layer needs neither dx nor the derivatives by x: of its nine products four remain,
+    and of three two. The parameters are read and their gradients written once: each task's own can stay in the caches.
+
+    Args:
+        first: Multiply-adds of the first layer, for one input.
+        rest: Of the others.
+        tasks: How many.
+        support: Examples of a task.
+        queries: Likewise.
+        numbers: All parameters.
+    """
+    products = support * (4 * first + 9 * rest) + queries * (2 * first + 3 * rest)
+    return Work(tasks * products, 2 * FLOAT * numbers)
+
+
+def mann(
+    inputs: int, hidden: int, outputs: int, *, slots: int, width: int, reads: int, episodes: int, steps: int
+) -> Work:
+    """The gradient of a MANN with an LSTM: three products for each one forward, two for what meets the inputs.
+
+    At each step the gates meet inputs, reads and hidden units, the heads and the output layer the hidden units, and
+    each head writes to, compares with and reads from all slots. The weights are read and their gradients written once.
+    """
+    entering, read = 4 * hidden * inputs, reads * width
+    weights = 4 * hidden * (read + hidden) + hidden * reads * (width + 1) + (hidden + read) * outputs
+    products = 2 * entering + 3 * (weights + 3 * slots * read)
+    return Work(episodes * steps * products, 2 * FLOAT * (entering + weights))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from recollect.adaptation import Adaptation, Head
+from recollect.adaptation import Adaptation, Head, LocalAdaptation
 from recollect.adaptation.factored import Factored
 from recollect.errors import ShapeError, require, require_tensor, require_whole
 from recollect.kernels import Kernel, inverse_distance
@@ -50,6 +50,10 @@ class MbPA(nn.Module):
     ``nn.Sequential(features, MbPA(head, memory, ...))``. ``forward`` is a pure function of keys, memory and
     parameters: it changes none of them, does not depend on ``.training``, uses no random numbers, and
     passes no gradient on. With an empty memory, or no steps, it predicts exactly what the head predicts.
+
+    A learned rule, as in ``LocalAdaptation(MetaLSTM(), steps=3)``, becomes a part of this layer, ``rule``: it is saved,
+    loaded and moved with it, and ``parameters()`` has the rule's parameters as well as the head's. An optimizer for the
+    head alone takes ``head.parameters()``. Another rule needs a new ``MbPA``.
 
     Args:
         head: The output network g: maps keys ``(b, d)`` to outputs ``(b, c)``, each key by itself. It is shared, not
@@ -93,6 +97,8 @@ class MbPA(nn.Module):
         self.memory = memory
         self.neighbors = neighbors
         self._adaptation = adaptation
+        rule = adaptation.rule if isinstance(adaptation, LocalAdaptation) else None
+        self.rule = rule if isinstance(rule, nn.Module) else None  # registered here: a LocalAdaptation is no module
         self.kernel = kernel
         self.likelihood = likelihood
         self._head = Head(head)

@@ -21,6 +21,7 @@ from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
 from recollect.memory import EpisodicMemory, ExactIndex, Static
+from recollect.meta import LSTMOptimizer, MetaLSTM, Policy
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
 
@@ -65,8 +66,13 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {
     MbPA: ("head", "memory", "neighbors", "adaptation", "kernel", "likelihood"),
     Static: ("memory",),
 }
-# A memory's other arguments are the shapes and dtypes of its tensors.
-_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",)}
+_RULES: dict[type[nn.Module], tuple[str, ...]] = {
+    MetaLSTM: ("hidden", "p"),
+    LSTMOptimizer: ("sizes", "p", "scale"),
+    Policy: ("history", "current"),
+}
+# A memory's other arguments are the shapes and dtypes of its tensors; so are the sizes of a policy.
+_ARGUMENTS = _LAYERS | _CONTAINERS | _RULES | {EpisodicMemory: ("history",)}
 _MODULES = {kind.__name__: kind for kind in _ARGUMENTS}
 _KERNELS, _LIKELIHOODS = (inverse_distance, gaussian, dot_product), (Categorical, Gaussian)
 _ADAPTATIONS = (LocalAdaptation, rules.sgd, rules.rmsprop, rules.adam)
@@ -76,11 +82,12 @@ _SETTINGS = {kind.__name__: kind for kind in (*_KERNELS, *_LIKELIHOODS, *_ADAPTA
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Saves a predictor, a memory, or a network around them to a folder that ``load`` reads.
 
-    Saved are ``EpisodicMemory``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``,
-    ``nn.Sequential`` and common layers of ``torch.nn``, with all that they share: a memory or a parameter that two of
-    them use is used by both again after loading. Of any other module (your own network, a layer with hooks or
-    parametrizations, a memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks
-    for an instance. Tensors are stored contiguously, from any device.
+    Saved are ``EpisodicMemory``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``, the learned
+    rules ``MetaLSTM``, ``LSTMOptimizer`` and ``Policy``, ``nn.Sequential`` and common layers of ``torch.nn``, with all
+    that they share: a memory or a parameter that two of them use is used by both again after loading. Of any other
+    module (your own network or rule, a layer with hooks or parametrizations, a memory with another index than
+    ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance. Tensors are stored contiguously, from
+    any device.
 
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
     at a time may save to a folder. A killed one leaves ``.<folder>.<number>.partial`` beside it, which the next save
@@ -226,7 +233,7 @@ class _Builder:
         try:
             state = self._state(node)
             if instance is None:
-                settings = {name: _build_setting(value) for name, value in node["settings"].items()}
+                settings = {name: _build_setting(value, children) for name, value in node["settings"].items()}
                 module = _make(_MODULES[node["class"]], settings, children, state)
             else:
                 module = instance
@@ -279,7 +286,9 @@ def _is_known(module: nn.Module) -> bool:
         return type(module.index) is ExactIndex
     if type(module) in _CONTAINERS:
         return not (module._parameters or module._buffers)
-    if type(module) not in _LAYERS:
+    if type(module) not in _LAYERS | _RULES:
+        return False
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return False
     twin = _make(type(module), _parts(module)[1], {}, {})
     return _shapes(twin) == _shapes(module)  # not so where a layer was pruned or resized
@@ -300,9 +309,13 @@ def _parts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     values = {name: getattr(module, name) for name in _ARGUMENTS[type(module)]}
     if "bias" in values:
         values["bias"] = values["bias"] is not None
+    if isinstance(module, Policy):
+        values |= {"parameters": module.output.out_features, "hidden": module.hidden.out_features}
     children = {name: value for name, value in values.items() if isinstance(value, nn.Module)}
     settings = {name: value for name, value in values.items() if name not in children}
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, MbPA) and module.rule is not None:
+        children["rule"] = module.rule
+    elif isinstance(module, nn.Sequential):
         children = {name: child for name, child in module._modules.items() if child is not None}
     elif isinstance(module, Mixture):
         children = {f"components.{i}": child for i, child in enumerate(module.components)}
@@ -329,13 +342,17 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
         components: list[Any] = list(children.values())  # predictors, as they were when they were saved
         return Mixture(*components, **settings)
     if kind in _CONTAINERS:
-        return kind(**children, **settings)
+        return kind(**{name: child for name, child in children.items() if name in _CONTAINERS[kind]}, **settings)
+    if kind in _RULES:
+        return kind(**settings, generator=torch.Generator())
     with torch.device("meta"):  # no memory is filled, no random number drawn
         return kind(**settings)
 
 
 def _setting(value: object, path: str) -> object:
     """Returns a setting as JSON can hold it."""
+    if isinstance(value, nn.Module):  # the learned rule of an adaptation, which the module beside it holds
+        return {"module": path.rpartition(".")[2]}
     if _SETTINGS.get(type(value).__name__) is type(value):
         settings = {name: _setting(field, _join(path, name)) for name, field in vars(value).items()}
         return {"class": type(value).__name__, "settings": settings}
@@ -349,10 +366,15 @@ def _setting(value: object, path: str) -> object:
     )
 
 
-def _build_setting(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _SETTINGS[value["class"]](**{name: _build_setting(v) for name, v in value["settings"].items()})
-    return tuple(map(_build_setting, value)) if isinstance(value, list | tuple) else value
+def _build_setting(value: Any, children: dict[str, nn.Module]) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_build_setting(item, children) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "module" in value:
+        return children[value["module"]]
+    settings = {name: _build_setting(part, children) for name, part in value["settings"].items()}
+    return _SETTINGS[value["class"]](**settings)
 
 
 def _join(path: str, name: str) -> str:

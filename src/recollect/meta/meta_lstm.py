@@ -55,6 +55,7 @@ class MetaLSTM(nn.Module):
         super().__init__()
         require_whole("hidden", hidden)
         require_number("p", p, above=0.0)
+        self.hidden = hidden
         self.p = p
         self.lstm = LSTMStep(4, hidden, bound=_BOUND, generator=generator)
         self.weight = nn.Parameter(torch.empty(2, hidden + 2).uniform_(-_BOUND, _BOUND, generator=generator))
@@ -64,7 +65,7 @@ class MetaLSTM(nn.Module):
 
     def init(self, params: Params) -> tuple[State, Float[Tensor, "#n 2"]]:
         """Returns the state before the first step, which is the same for all coordinates and kept once."""
-        zeros = self.bias.new_zeros(1, self.weight.shape[1] - 2)
+        zeros = self.bias.new_zeros(1, self.hidden)
         return (zeros, zeros), self.bias.new_zeros(1, 2)
 
     def update(
