@@ -20,7 +20,7 @@ from recollect.errors import FormatError, SettingError
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
-from recollect.memory import EpisodicMemory, ExactIndex, Static
+from recollect.memory import EpisodicMemory, ExactIndex, NeuralDictionary, Static
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
 
@@ -66,7 +66,7 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {
     Static: ("memory",),
 }
 # A memory's other arguments are the shapes and dtypes of its tensors.
-_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",)}
+_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",), NeuralDictionary: ("rate",)}
 _MODULES = {kind.__name__: kind for kind in _ARGUMENTS}
 _KERNELS, _LIKELIHOODS = (inverse_distance, gaussian, dot_product), (Categorical, Gaussian)
 _ADAPTATIONS = (LocalAdaptation, rules.sgd, rules.rmsprop, rules.adam)
@@ -76,10 +76,10 @@ _SETTINGS = {kind.__name__: kind for kind in (*_KERNELS, *_LIKELIHOODS, *_ADAPTA
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Saves a predictor, a memory, or a network around them to a folder that ``load`` reads.
 
-    Saved are ``EpisodicMemory``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``,
-    ``nn.Sequential`` and common layers of ``torch.nn``, with all that they share: a memory or a parameter that two of
-    them use is used by both again after loading. Of any other module (your own network, a layer with hooks or
-    parametrizations, a memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks
+    Saved are ``EpisodicMemory``, ``NeuralDictionary``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``,
+    ``Mixture``, ``nn.Sequential`` and common layers of ``torch.nn``, with all that they share: a memory or a parameter
+    that two of them use is used by both again after loading. Of any other module (your own network, a layer with hooks
+    or parametrizations, a memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks
     for an instance. Tensors are stored contiguously, from any device.
 
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
@@ -277,6 +277,8 @@ def _is_known(module: nn.Module) -> bool:
         return False
     if type(module) is EpisodicMemory:
         return type(module.index) is ExactIndex
+    if type(module) is NeuralDictionary:
+        return True
     if type(module) in _CONTAINERS:
         return not (module._parameters or module._buffers)
     if type(module) not in _LAYERS:
@@ -323,6 +325,10 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
             key_dtype=keys.dtype,
             history=history,
         )
+    if kind is NeuralDictionary:
+        keys, values = state["keys"], state["values"]
+        shape, dtype = tuple(values.shape[1:]), values.dtype
+        return NeuralDictionary(*keys.shape, value_shape=shape, value_dtype=dtype, key_dtype=keys.dtype, **settings)
     if kind is nn.Sequential:
         return nn.Sequential(OrderedDict(children))
     if kind is Mixture:
