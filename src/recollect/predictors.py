@@ -20,7 +20,7 @@ from recollect.adaptation.workspace import workspace
 from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_tensor
 from recollect.kernels import Kernel, dot_product, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
-from recollect.memory import Memory, NeuralDictionary
+from recollect.memory import Memory
 from recollect.memory.checks import bad_query
 
 _BUDGET = 128 * 2**20  # bytes that one chunk of queries reads from the memory
@@ -157,8 +157,8 @@ class NonParametric(nn.Module):
     Paper: Eq. (9) and (10), Appendix E: the constant that fits the neighborhood best. A class that no neighbor has
     gets probability 0; a query without neighbors gets the uniform distribution (labels) or an error (regression).
 
-    Over a ``NeuralDictionary`` the prediction passes gradients on, to its keys, values and the queries; over any other
-    memory to nothing.
+    The prediction passes on the gradients that the memory's reads have: over a ``NeuralDictionary`` to its keys, its
+    values and the queries, over an ``EpisodicMemory`` to nothing.
 
     Args:
         memory: Where the neighbors come from.
@@ -218,8 +218,7 @@ class NonParametric(nn.Module):
             size = 64 * len(self.memory)  # distances, weights and votes, but no copies of the keys
         else:
             size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
-        trained = isinstance(self.memory, NeuralDictionary)
-        return in_chunks(self._predict, keys, before, bytes_per_query=size, differentiable=trained)
+        return in_chunks(self._predict, keys, before, bytes_per_query=size, differentiable=True)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         context = self.memory.read(keys, self.neighbors, kernel=self.kernel, before=before)

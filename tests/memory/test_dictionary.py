@@ -30,7 +30,7 @@ from recollect import (
 )
 from recollect.errors import DtypeError, EmptyMemoryError, NonFiniteError, SettingError, ShapeError
 from recollect.kernels import Kernel
-from recollect.memory import Context, Memory
+from recollect.memory import Context, Memory, Static
 
 LABEL = torch.tensor([0])
 
@@ -148,6 +148,7 @@ def test_no_gradient_where_none_is_recorded() -> None:
     assert torch.equal(inferred, expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(predictor(queries), expected)
+    assert NonParametric(Static(dictionary), neighbors=4, likelihood=Gaussian())(queries).requires_grad
     memory = EpisodicMemory(15, 3, value_shape=(2,), value_dtype=torch.float32)
     memory.write(dictionary.keys[:12], dictionary.values[:12].detach())
     assert not NonParametric(memory, neighbors=4, likelihood=Gaussian())(queries).requires_grad
@@ -241,7 +242,7 @@ def test_a_read_changes_nothing_and_draws_nothing(rng_untouched: Callable[[], Ab
 
 @pytest.mark.parametrize("way", ["sgd", "fused", "data", "copied", "loaded", "assigned", "moved"])
 def test_the_search_follows_whatever_changes_the_keys(way: str, tmp_path: Path) -> None:
-    dictionary, query = random_dictionary(), torch.tensor([5.0, 5.0, 5.0])
+    dictionary, query = random_dictionary(200, 220), torch.tensor([5.0, 5.0, 5.0])  # more than a search takes anew
     assert int(dictionary.read(query, 1).slots) != 7
     goal = dictionary.keys.detach().clone()
     goal[7] = query
@@ -262,7 +263,16 @@ def test_the_search_follows_whatever_changes_the_keys(way: str, tmp_path: Path) 
         dictionary.load_state_dict(state, assign=way == "assigned")
     context = dictionary.read(query.to(dictionary.keys.dtype), 1)
     assert int(context.slots) == 7
-    assert float(context.distances) < 1e-10
+    assert context.distances.item() < 1e-10
+
+
+def test_the_search_follows_a_state_with_fewer_entries() -> None:
+    dictionary, other = random_dictionary(200, 220), NeuralDictionary(220, 3, value_shape=(2,))
+    other.write(torch.full((1, 3), 9.0), torch.ones(1, 2))
+    with torch.no_grad():
+        other.keys[1:] = dictionary.keys[1:]  # what lies in empty slots counts for nothing
+    dictionary.load_state_dict(other.state_dict())
+    assert dictionary.read(torch.zeros(3), 2).slots.tolist() == [0]
 
 
 # Writes
