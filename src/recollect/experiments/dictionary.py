@@ -70,11 +70,11 @@ class Scale:
     neighbors: int = 32
     steps: int = 10
     """Of MbPA."""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     """Tried for the embedding, with Adam."""
     rows: tuple[float, ...] = (0.0, 3e-3)
     """Tried for keys and values, with RMSprop."""
-    local_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    local_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Tried for MbPA's steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
