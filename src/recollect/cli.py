@@ -45,6 +45,7 @@ EXPERIMENTS = (
     Experiment("few-shot", "which memory? eight learners of the same tasks", "meta.few_shot", "FewShot"),
     Experiment("hypernet-mnist", "MNIST by a kernel made of four numbers", "meta.hypernet_mnist", "HypernetMnist"),
     Experiment("hyperlstm", "characters of PTB: HyperLSTM, layer-norm LSTM, LSTM", "meta.hyperlstm", "HyperLstmRun"),
+    Experiment("dictionary", "an embedding trained through its memory, beside MbPA's", "dictionary", "Dictionary"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 

@@ -45,10 +45,17 @@ def key_bytes(keys: Tensor) -> int:
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Keeps gradients, and the caller's autocast and inference mode, out of a prediction: none may change it."""
+def undisturbed(device: torch.device, *, differentiable: bool = False) -> Iterator[None]:
+    """Keeps gradients, and the caller's autocast and inference mode, out of a prediction: none may change it.
+
+    A prediction that is ``differentiable`` passes gradients on where the caller records them.
+    """
     known = torch.amp.is_autocast_available(device.type)
     autocast = torch.autocast(device.type, enabled=False) if known else nullcontext()
+    if differentiable and torch.is_grad_enabled():
+        with autocast:
+            yield
+        return
     with torch.inference_mode(False), torch.no_grad(), autocast:
         yield
 
@@ -65,7 +72,12 @@ def require_parts(memory: object, kernel: object, likelihood: object) -> None:
 
 
 def in_chunks(
-    predict: Callable[[Tensor, Before], Tensor], keys: Float[Tensor, "*b d"], before: Before, *, bytes_per_query: int
+    predict: Callable[[Tensor, Before], Tensor],
+    keys: Float[Tensor, "*b d"],
+    before: Before,
+    *,
+    bytes_per_query: int,
+    differentiable: bool = False,
 ) -> Float[Tensor, "*b c"]:
     """Applies ``predict`` to a few queries at a time: a batch of any size must not need more memory.
 
@@ -74,16 +86,17 @@ def in_chunks(
         keys: The queries.
         before: As in ``EpisodicMemory.read``.
         bytes_per_query: What one query needs while ``predict`` works on it.
+        differentiable: Whether outputs have gradients.
     """
     require_tensor("keys", keys)
     if keys.dim() == 0:
         raise ShapeError("keys must have shape (*, key_size), got a single number.")
     batch = keys.shape[:-1]
-    flat = keys.detach().reshape(-1, keys.shape[-1])
+    flat = (keys if differentiable else keys.detach()).reshape(-1, keys.shape[-1])
     limits = None if before is None else _limits(before, batch, keys.device)
     rows = max(1, _BUDGET // max(1, bytes_per_query))
     parts = []
-    with undisturbed(keys.device):
+    with undisturbed(keys.device, differentiable=differentiable):
         for start in range(0, max(1, len(flat)), rows):
             part = slice(start, start + rows)
             try:
@@ -144,6 +157,9 @@ class NonParametric(nn.Module):
     Paper: Eq. (9) and (10), Appendix E: the constant that fits the neighborhood best. A class that no neighbor has
     gets probability 0; a query without neighbors gets the uniform distribution (labels) or an error (regression).
 
+    The prediction passes on the gradients that the memory's reads have: over a ``NeuralDictionary`` to its keys, its
+    values and the queries, over an ``EpisodicMemory`` to nothing.
+
     Args:
         memory: Where the neighbors come from.
         classes: The number of classes; needed for labels only.
@@ -202,7 +218,7 @@ class NonParametric(nn.Module):
             size = 64 * len(self.memory)  # distances, weights and votes, but no copies of the keys
         else:
             size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
-        return in_chunks(self._predict, keys, before, bytes_per_query=size)
+        return in_chunks(self._predict, keys, before, bytes_per_query=size, differentiable=True)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         context = self.memory.read(keys, self.neighbors, kernel=self.kernel, before=before)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from recollect.errors import DeviceError, DtypeError, NonFiniteError, ShapeError, require_tensor
+from recollect.errors import DeviceError, DtypeError, NonFiniteError, SettingError, ShapeError, require_tensor
 from recollect.memory.index import compute_dtype
 
 
@@ -86,6 +86,34 @@ def check_limit(before: int | Tensor, batch: torch.Size, device: torch.device) -
             f"before must be one number or have one for each query, shape {tuple(batch)}, got {tuple(limit.shape)}."
         )
     return limit.long().expand(batch).reshape(-1)
+
+
+def check_neighbors(neighbors: int, otherwise: str = "") -> None:
+    """Refuses a number of neighbors that is none.
+
+    Raises:
+        SettingError: If it is not a whole number above 0.
+    """
+    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
+        raise SettingError(f"neighbors must be a whole number above 0{otherwise}, got {neighbors!r}.")
+
+
+def check_slots(slots: int | Int[Tensor, "..."], keys: Shaped[Tensor, "n d"]) -> Int[Tensor, " m"]:
+    """Returns the slots in rising order, each once, without the -1 that marks places that nothing fills.
+
+    Raises:
+        SettingError: If one is no slot of this memory.
+    """
+    asked = torch.as_tensor(slots, device=keys.device).reshape(-1)
+    if len(asked) == 0:
+        return asked.long()
+    if asked.is_floating_point() or asked.dtype == torch.bool:
+        raise SettingError(f"slots must be whole numbers, got {asked.dtype}. Turn a mask into slots by .nonzero().")
+    asked = asked.long().unique()
+    if not (-1 <= int(asked[0]) and int(asked[-1]) < len(keys)):
+        outside = int(asked[0]) if int(asked[0]) < -1 else int(asked[-1])
+        raise SettingError(f"slots must be from 0 to {len(keys) - 1} in this memory, got {outside}.")
+    return asked[asked >= 0]
 
 
 def too_large(keys: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:

@@ -1,15 +1,23 @@
 """``EpisodicMemory``: a circular buffer of (key, value) pairs in RAM or on a GPU, read by nearest neighbors."""
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from recollect.errors import DtypeError, NonFiniteError, SettingError, require, require_whole
 from recollect.kernels import Kernel, dot_product, gaussian, inverse_distance
-from recollect.memory.checks import check_entries, check_limit, check_queries, overflows, too_large
+from recollect.memory.checks import (
+    check_entries,
+    check_limit,
+    check_neighbors,
+    check_queries,
+    check_slots,
+    overflows,
+    too_large,
+)
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index, Neighbors, WindowIndex, expanded_distances
-from recollect.memory.protocol import Context, Entries
+from recollect.memory.protocol import Context, Entries, normalize
 from recollect.memory.scan import products
 
 _FORGOTTEN = -1  # the write time of a slot that holds nothing
@@ -195,7 +203,7 @@ class EpisodicMemory(nn.Module):
             SettingError: If ``neighbors`` is not a positive whole number or None.
         """
         if neighbors is not None:
-            _check_neighbors(neighbors, ", or None for all entries")
+            check_neighbors(neighbors, ", or None for all entries")
         flat, limit = self._check_read(queries, kernel, before)
         # Autocast would compute the distances in bfloat16.
         with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
@@ -204,7 +212,7 @@ class EpisodicMemory(nn.Module):
             else:
                 distances, slots = self._search(flat, neighbors, limit)
                 keys, values = (part.unflatten(0, slots.shape) for part in self._entries(slots.view(-1), flat.dtype))
-                weights = _normalize(kernel.log_weights(flat, keys, distances), slots < 0)
+                weights = normalize(kernel.log_weights(flat, keys, distances), slots < 0)
                 context = Context(keys, values, weights, distances, slots)
         return Context(*(part.reshape(*queries.shape[:-1], *part.shape[1:]) for part in context))
 
@@ -225,7 +233,7 @@ class EpisodicMemory(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the queries do not fit this memory.
             SettingError: If ``neighbors`` is not a positive whole number.
         """
-        _check_neighbors(neighbors)
+        check_neighbors(neighbors)
         flat, limit = self._check_read(queries, kernel, before)
         with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
             distances, slots = self._search(flat, neighbors, limit)
@@ -237,7 +245,7 @@ class EpisodicMemory(nn.Module):
                 rows = max(1, _GATHER // max(1, place.shape[1] * keys.shape[1] * keys.element_size()))
                 parts = zip(flat.split(rows), place.split(rows), distances.split(rows), strict=True)
                 log_weights = torch.cat([kernel.log_weights(query, keys[at], far) for query, at, far in parts])
-            return Entries(found, keys, values, place, _normalize(log_weights, slots < 0))
+            return Entries(found, keys, values, place, normalize(log_weights, slots < 0))
 
     def _check_read(
         self, queries: Tensor, kernel: Kernel, before: int | Tensor | None
@@ -287,7 +295,7 @@ class EpisodicMemory(nn.Module):
                 hidden |= times < limit - self.capacity
             slots, distances = slots.masked_fill(hidden, -1), distances.masked_fill_(hidden, torch.inf)
             values = values.masked_fill(hidden.view(*shape, *(1 for _ in self.value_shape)), 0)
-        return Context(keys.expand(*shape, -1), values, _normalize(log_weights, hidden), distances, slots)
+        return Context(keys.expand(*shape, -1), values, normalize(log_weights, hidden), distances, slots)
 
     def _seen(self, limit: Tensor | None) -> Int[Tensor, " n"]:
         """Returns the occupied slots, oldest first; with history only those that a query sees."""
@@ -311,16 +319,7 @@ class EpisodicMemory(nn.Module):
         Raises:
             SettingError: If a slot is outside the memory; then nothing is forgotten.
         """
-        asked = torch.as_tensor(slots, device=self.keys.device).reshape(-1)
-        if len(asked) == 0:
-            return
-        if asked.is_floating_point() or asked.dtype == torch.bool:
-            raise SettingError(f"slots must be whole numbers, got {asked.dtype}. Turn a mask into slots by .nonzero().")
-        asked = asked.long().unique()
-        if not (-1 <= int(asked[0]) and int(asked[-1]) < len(self.keys)):
-            outside = int(asked[0]) if int(asked[0]) < -1 else int(asked[-1])
-            raise SettingError(f"slots must be from 0 to {len(self.keys) - 1} in this memory, got {outside}.")
-        asked = asked[asked >= 0]
+        asked = check_slots(slots, self.keys)
         gone = asked[self.written[asked] >= 0]
         if len(gone) == 0:
             return
@@ -366,17 +365,3 @@ def _require_window(index: Index) -> WindowIndex:
             "from recollect.memory.index.WindowIndex, or use ExactIndex() or ApproximateIndex()."
         )
     return index
-
-
-def _check_neighbors(neighbors: int, otherwise: str = "") -> None:
-    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
-        raise SettingError(f"neighbors must be a whole number above 0{otherwise}, got {neighbors!r}.")
-
-
-def _normalize(log_weights: Float[Tensor, "b k"], hidden: Bool[Tensor, "b k"] | None) -> Float[Tensor, "b k"]:
-    # The largest finite numbers instead of infinite ones: inf - inf is NaN. A row without neighbors gets zeros.
-    limits = torch.finfo(log_weights.dtype)
-    log_weights = log_weights.clamp(limits.min, limits.max)
-    if hidden is None:
-        return log_weights.softmax(-1)
-    return log_weights.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int, Shaped
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from recollect.kernels import Kernel, inverse_distance
@@ -65,3 +66,14 @@ class Memory(Protocol):
     def forget(self, slots: int | Int[Tensor, "..."]) -> None: ...
 
     def clear(self) -> None: ...
+
+
+def normalize(log_weights: Float[Tensor, "b k"], hidden: Bool[Tensor, "b k"] | None) -> Float[Tensor, "b k"]:
+    """Returns weights that sum to one over the neighbors; those ``hidden`` get 0, a row without others only zeros."""
+    # The largest finite numbers instead of infinite ones: inf - inf is NaN.
+    limits = torch.finfo(log_weights.dtype)
+    log_weights = log_weights.clamp(limits.min, limits.max)
+    if hidden is None:
+        return log_weights.softmax(-1)
+    # Not in place: the softmax is needed for its gradient.
+    return log_weights.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
