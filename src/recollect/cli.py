@@ -41,6 +41,7 @@ EXPERIMENTS = (
     Experiment("mann-table2", "the same with labels of five letters", "meta.mann", "MannTable2"),
     Experiment("maml-omniglot", "few-shot Omniglot by MAML", "meta.maml_omniglot", "MamlOmniglot"),
     Experiment("maml-sinusoid", "sine waves from a few points by MAML", "meta.maml_sinusoid", "MamlSinusoid"),
+    Experiment("learned-optimizer", "optimizers that are learned", "meta.learned_optimizer", "LearnedOptimizer"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 

@@ -75,11 +75,21 @@ def save(picture: "Figure", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylabel: str, log: bool) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+def _draw(
+    axes: "Axes",
+    lines: Sequence[Curve],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log: bool,
+    log_y: bool = False,
+    digits: int = 1,
+) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
     for line in sorted(lines, key=lambda line: -line.mean[-1]):
-        label = f"{line.label}  {line.mean[-1]:.1f}"
+        label = f"{line.label}  {line.mean[-1]:.{digits}f}"
         axes.plot(line.x, line.mean, line.style, color=line.color, linewidth=line.width, label=label)
         low = [m - e for m, e in zip(line.mean, line.error, strict=True)]
         high = [m + e for m, e in zip(line.mean, line.error, strict=True)]
@@ -96,6 +106,11 @@ def _draw(axes: "Axes", lines: Sequence[Curve], *, title: str, xlabel: str, ylab
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.minorticks_off()
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
 
 
@@ -106,6 +121,8 @@ def panels(
     xlabel: str | Sequence[str],
     ylabel: str | Sequence[str],
     log: bool = False,
+    log_y: bool = False,
+    digits: int = 1,
 ) -> None:
     """Draws lines in panels of their own, two beside each other, with a band of one standard error.
 
@@ -115,12 +132,14 @@ def panels(
         xlabel: What the horizontal axes show, or what each of them shows; whole numbers, or on a logarithmic scale any.
         ylabel: What the vertical axes show, or what each of them shows.
         log: Whether the horizontal axes are logarithmic.
+        log_y: Whether the vertical axes are.
+        digits: Of the last value of a line, which stands beside its label, after the point.
     """
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     across, up = ([label] * len(parts) if isinstance(label, str) else label for label in (xlabel, ylabel))
     for (title, lines), panel, x, y in zip(parts, axes, across, up, strict=True):
         dress(panel)
-        _draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
+        _draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log, log_y=log_y, digits=digits)
     save(picture, path)
 
 
