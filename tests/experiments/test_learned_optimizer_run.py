@@ -35,7 +35,7 @@ from recollect.experiments.runner import Run
 from recollect.meta import Policy, Problem, quadratics, robust_regression
 
 MADE = ("SGD", "momentum", "RMSprop", "Adam")
-TINY = Scale(Course(4, 6, 1e-2, 1, 5), Course(6, 4, 3e-3, 2, 4), batch=3, pairs=2, spacing=16.0, valid=3)
+TINY = Scale(Course(4, 6, 1e-2, 1, 5), Course(6, 4, 3e-3, 2, 4), imitation=2, batch=3, pairs=2, spacing=16.0, valid=3)
 
 
 @pytest.fixture
@@ -188,17 +188,44 @@ def test_a_trained_rule_is_the_best_on_validation_problems(
     monkeypatch.setattr(Best, "offer", offer)
     family = "quadratic functions" if name == LSTM else "logistic regression"
     study = learned_optimizer._Study(Run(tmp_path, {}), TINY, family)
-    rule = study._learned(name)
+    rule = study._learned(name, rules.sgd(0.1))
     valid = FAMILIES[family].draw(3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judge = final_loss if name == LSTM else loss_on_the_way
     assert len(offered) == {LSTM: 4, POLICY: 3, EVOLVED: 3}[name]
     assert judge(trajectories(rule, valid, 6 if name == LSTM else 4)) == min(offered)
 
 
+def test_imitation() -> None:
+    """The policy is asked at each point of the teacher's way; it learns to answer as the teacher does."""
+    problem, teacher = robust(3), rules.sgd(0.5, momentum=0.5)
+    policy = Policy(4, history=3, hidden=6, current=True, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        policy.output.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    found = learned_optimizer.imitation_error(policy, teacher, problem, 3)
+    params, errors = problem.start, []
+    states = [teacher.init(params), policy.init(params)]
+    for _ in range(3):
+        leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+        loss = problem.objective(leaves)
+        grads = dict(zip(leaves, torch.autograd.grad(loss.sum(), tuple(leaves.values())), strict=True))
+        step, states[0] = teacher.update(grads, states[0], params, loss.detach())
+        own, states[1] = policy.update(grads, states[1], params, loss.detach())
+        errors.append(sum(float((own[name] - step[name]).detach().square().sum()) for name in params) / 3)
+        params = {name: params[name] + step[name] for name in params}
+    assert found.item() == pytest.approx(sum(errors) / 3)
+    adam = torch.optim.Adam(policy.parameters(), lr=0.01)
+    for _ in range(30):
+        error = learned_optimizer.imitation_error(policy, teacher, problem, 3)
+        adam.zero_grad()
+        error.backward()
+        adam.step()
+    assert error.item() < 0.3 * found.item()
+
+
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_SECONDS", -1.0)  # every step is saved
     made = {name: learned_optimizer._Study(Run(tmp_path / name, {}), TINY, "robust regression") for name in "ab"}
-    whole = made["a"]._learned(EVOLVED)
+    whole = made["a"]._learned(EVOLVED, rules.sgd(0.1))
     real, calls = Best.offer, []
 
     def offer(self: Best, rule: Any, loss: float) -> None:
@@ -209,8 +236,8 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Best, "offer", offer)
     with pytest.raises(KeyboardInterrupt):
-        made["b"]._learned(EVOLVED)
-    again = made["b"]._learned(EVOLVED)
+        made["b"]._learned(EVOLVED, rules.sgd(0.1))
+    again = made["b"]._learned(EVOLVED, rules.sgd(0.1))
     assert len(calls) == 4
     assert isinstance(whole, Policy)
     assert isinstance(again, Policy)

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recollect.adaptation.rules import Rule
+from recollect.adaptation.rules import Params, Rule
 from recollect.errors import require_choice
 from recollect.experiments.meta import learned_optimizer_report
-from recollect.experiments.meta.hand_made import LINE_SEARCHES, line_search, trajectories, tuned
+from recollect.experiments.meta.hand_made import LINE_SEARCHES, HandMade, line_search, trajectories, tuned
 from recollect.experiments.meta.training import train
 from recollect.experiments.runner import Run, refuse_strange
 from recollect.meta import (
@@ -37,6 +37,7 @@ from recollect.meta import (
     relu_network,
     robust_regression,
 )
+from recollect.meta.coordinates import flatten
 
 LSTM, POLICY, EVOLVED = "LSTM optimizer", "policy, by gradients", "policy, by evolution"
 _VALID, _TEST = 1, 2  # seeds
@@ -90,8 +91,13 @@ class Scale:
     pairs: int = 4
     """Of policies that the evolution strategy tries for one change; each takes the time of an iteration by gradients,
     so there are as many times fewer. (Ours.)"""
-    deviation: float = 0.03
+    deviation: float = 0.01
     """Of what it tries. (Ours.)"""
+    imitation: int = 300
+    """Iterations in which a policy first learns to follow momentum, which makes the first trajectories of the paper's
+    guided policy search. Without, that of the ReLU network goes where all units are dead. (Ours.)"""
+    imitation_rate: float = 3e-3
+    """Of Adam. (Ours.)"""
     spacing: float = 2**0.25
     """The ratio of two neighboring rates in the grids of what is made by hand. (Ours.)"""
     valid: int = 200
@@ -100,9 +106,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(Course(6, 20, 1e-2, 3, 20), Course(8, 10, 3e-3, 4, 10), spacing=4.0, valid=20),
-    "small": Scale(Course(1000, 100, 1e-2, 20, 1000), Course(800, 40, 3e-3, 10, 100)),
-    "paper": Scale(Course(10_000, 100, 1e-3, 100, 1000), Course(5000, 40, 3e-3, 10, 100), batch=128, valid=1000),
+    "smoke": Scale(Course(6, 20, 1e-2, 3, 20), Course(8, 10, 1e-3, 4, 10), imitation=2, spacing=4.0, valid=20),
+    "small": Scale(Course(1500, 100, 1e-2, 20, 1000), Course(1500, 40, 1e-3, 10, 100)),
+    "paper": Scale(Course(10_000, 100, 1e-3, 100, 1000), Course(5000, 40, 1e-3, 10, 100), batch=128, valid=1000),
 }
 
 
@@ -111,7 +117,7 @@ class LearnedOptimizer:
     """Learned optimizers against SGD, momentum, RMSprop, Adam, conjugate gradient and L-BFGS."""
 
     scale: Literal["smoke", "small", "paper"] = "smoke"
-    """``smoke`` (seconds), ``small`` (ten minutes of one core) or ``paper`` (two hours)."""
+    """``smoke`` (seconds), ``small`` (twenty minutes of one core) or ``paper`` (two hours)."""
     out: Path = Path("runs/learned-optimizer")
     """The folder for results; a run that was stopped goes on there."""
 
@@ -133,6 +139,40 @@ class Best(nn.Module):
         if loss < self.loss:
             self.rule.load_state_dict(rule.state_dict())
             self.loss.fill_(loss)
+
+
+class Follower:
+    """A rule that takes the steps of a teacher, and notes how far from them those of a policy are.
+
+    Args:
+        policy: Sees what the teacher sees.
+        teacher: Any rule.
+    """
+
+    def __init__(self, policy: Rule, teacher: Rule) -> None:
+        self._policy = policy
+        self._teacher = teacher
+        self.errors: list[Float[Tensor, " b"]] = []
+
+    def init(self, params: Params) -> tuple[Any, Any]:
+        return self._teacher.init(params), self._policy.init(params)
+
+    def update(
+        self, grads: Params, state: tuple[Any, Any], params: Params, loss: Float[Tensor, " b"]
+    ) -> tuple[Params, tuple[Any, Any]]:
+        steps, after = self._teacher.update(grads, state[0], params, loss)
+        with torch.enable_grad():
+            own, seen = self._policy.update(grads, state[1], params, loss)
+            away = flatten(own, loss, like=params) - flatten(steps, loss, like=params)
+            self.errors.append(away.square().sum(-1))
+        return steps, (after, seen)
+
+
+def imitation_error(policy: Rule, teacher: Rule, problem: Problem, steps: int) -> Float[Tensor, ""]:
+    """Returns the mean squared distance of a policy's steps from those of a teacher, which it sees take its way."""
+    follower = Follower(policy, teacher)
+    trajectories(follower, problem, steps)
+    return torch.stack(follower.errors).mean()
 
 
 def run(config: LearnedOptimizer) -> str:
@@ -176,7 +216,7 @@ def margins(losses: Mapping[str, Float[Tensor, "t b"]], learned: tuple[str, ...]
     """
     rivals = {name: loss[1:] for name, loss in losses.items() if name not in learned}
     answer = dict[str, Tensor]()
-    for name in reversed(learned):
+    for name in learned:
         entered = {name: losses[name][1:], **rivals}
         problems = range(entered[name].shape[1])
         each = [margin_of_victory({k: loss[:, [row]] for k, loss in entered.items()}) for row in problems]
@@ -203,9 +243,9 @@ class _Study:
         missing = [name for name in names if self._record.find(family=self._name, optimizer=name) is None]
         if not missing:
             return
-        learned = {name: self._learned(name) for name in family.learned}
         valid, test = self._problem(self._scale.valid, _VALID), self._problem(self._course.test, _TEST)
         made = tuned(valid, steps=steps, spacing=self._scale.spacing, judge=self._judge)
+        learned = {name: self._learned(name, made["momentum"]) for name in family.learned}
         more: dict[str, dict[str, Any]] = {name: {"settings": asdict(rule)} for name, rule in made.items()}
         losses = {name: trajectories(rule, test, steps) for name, rule in {**learned, **made}.items()}
         for name in family.searches:
@@ -217,7 +257,7 @@ class _Study:
             row |= {"margin": _means(won[name]), "margin_interval": _intervals(won[name])}
             self._record.add(part="test", family=self._name, optimizer=name, **row, **more.get(name, {}))
 
-    def _learned(self, name: str) -> Rule:
+    def _learned(self, name: str, teacher: HandMade) -> Rule:
         """Trains a rule, and returns it as it was when it did best on validation problems."""
         scale, course, family = self._scale, self._course, self._family
         g = torch.Generator().manual_seed(scale.seed)
@@ -226,21 +266,33 @@ class _Study:
         best, valid = Best(rule), self._problem(scale.valid, _VALID)
         share = scale.pairs if name == EVOLVED else 1
         iterations, every = (max(1, number // share) for number in (course.iterations, course.every))
+        before = 0 if name == LSTM else scale.imitation
+        imitator = torch.optim.Adam(rule.parameters(), lr=scale.imitation_rate)
         optimizer = torch.optim.Adam(rule.parameters(), lr=course.rate)
         schedule = CosineAnnealingLR(optimizer, iterations)
 
         def step(number: int) -> float:
             problem = fixed or family.draw(scale.batch, generator=g)
+            if number <= before:
+                error = imitation_error(rule, teacher, problem, course.steps)
+                imitator.zero_grad()
+                error.backward()
+                imitator.step()
+                return error.item()
             curve = trainer.step(rule, problem, optimizer=optimizer, generator=g)
             schedule.step()
-            if number % every == 0 or number == iterations:
+            if (number - before) % every == 0 or number == before + iterations:
                 best.offer(rule, self._judge(trajectories(rule, valid, course.steps)))
-            return float(curve.mean())
+            return curve.mean().item()
 
         parts = {"rule": rule, "best": best, "optimizer": optimizer, "schedule": schedule}
-        run_of = {"family": self._name, "rule": name, **asdict(scale)}
-        title = f"{name}: {self._name}"
-        train(self._record.folder, title, parts, run=run_of, generator=g, steps=iterations, step=step)
+        run_of = {"family": self._name, "rule": name, "course": asdict(course), "trainer": asdict(trainer)}
+        run_of |= {"batch": scale.batch, "valid": scale.valid, "seed": scale.seed}
+        if before:
+            parts["imitator"] = imitator
+            run_of |= {"teacher": asdict(teacher), "imitation": before, "imitation_rate": scale.imitation_rate}
+        title, steps = f"{name}: {self._name}", before + iterations
+        train(self._record.folder, title, parts, run=run_of, generator=g, steps=steps, step=step)
         return best.rule
 
     def _rule(self, name: str, generator: torch.Generator) -> LSTMOptimizer | Policy:
