@@ -60,7 +60,7 @@ def test_the_grids() -> None:
     assert [rule.rate for rule in tried["SGD"]] == rates
     assert [rule.rate for rule in tried["Adam"]] == rates
     pairs = [(rule.rate, rule.momentum) for rule in tried["momentum"] if isinstance(rule, rules.sgd)]
-    assert sorted(pairs) == sorted((rate, kept) for rate in rates for kept in (0.5, 0.8, 0.9, 0.95))
+    assert sorted(pairs) == sorted((rate, kept) for rate in rates for kept in (0.5, 0.8, 0.9, 0.95, 0.98))
     assert len(candidates(2**0.25)["SGD"]) == 4 * 13 + 1, "rounding does not lose the last"
 
 

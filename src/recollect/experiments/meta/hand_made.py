@@ -22,7 +22,7 @@ HandMade = rules.sgd | rules.rmsprop | rules.adam
 LINE_SEARCHES = {"conjugate gradient": "CG", "L-BFGS": "L-BFGS-B"}
 """What each is called by scipy."""
 _RATES = (2.0**-10, 2.0**3)  # the least and the largest
-_MOMENTA = (0.5, 0.8, 0.9, 0.95)
+_MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
 _DECAYS = (0.9, 0.99)
 
 
