@@ -96,7 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "list":
         _refuse_more(rest)
         for experiment in EXPERIMENTS:
-            print(f"{experiment.name:16}{experiment.summary}")
+            print(f"{experiment.name:18}{experiment.summary}")
     elif command == "show":
         _show(rest)
     elif command == "reproduce":
