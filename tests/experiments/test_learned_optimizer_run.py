@@ -222,23 +222,27 @@ def test_imitation() -> None:
     assert error.item() < 0.3 * found.item()
 
 
-def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name"), [(learned_optimizer, "imitation_error"), (Best, "offer")])
+def test_training_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
+) -> None:
+    """It is stopped in its second imitation, or at its second look at validation problems."""
     monkeypatch.setattr(training, "_SECONDS", -1.0)  # every step is saved
-    made = {name: learned_optimizer._Study(Run(tmp_path / name, {}), TINY, "robust regression") for name in "ab"}
+    made = {folder: learned_optimizer._Study(Run(tmp_path / folder, {}), TINY, "robust regression") for folder in "ab"}
     whole = made["a"]._learned(EVOLVED, rules.sgd(0.1))
-    real, calls = Best.offer, []
+    real, calls = getattr(place, name), []
 
-    def offer(self: Best, rule: Any, loss: float) -> None:
-        calls.append(loss)
+    def stop(*arguments: Any) -> Any:
+        calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(self, rule, loss)
+        return real(*arguments)
 
-    monkeypatch.setattr(Best, "offer", offer)
+    monkeypatch.setattr(place, name, stop)
     with pytest.raises(KeyboardInterrupt):
         made["b"]._learned(EVOLVED, rules.sgd(0.1))
     again = made["b"]._learned(EVOLVED, rules.sgd(0.1))
-    assert len(calls) == 4
+    assert len(calls) == (3 if name == "imitation_error" else 4)
     assert isinstance(whole, Policy)
     assert isinstance(again, Policy)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))

@@ -106,7 +106,7 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(Course(6, 20, 1e-2, 3, 20), Course(8, 10, 1e-3, 4, 10), imitation=2, spacing=4.0, valid=20),
+    "smoke": Scale(Course(6, 20, 1e-2, 3, 20), Course(8, 10, 1e-3, 4, 6), imitation=2, spacing=8.0, valid=20),
     "small": Scale(Course(1500, 100, 1e-2, 20, 1000), Course(1500, 40, 1e-3, 10, 100)),
     "paper": Scale(Course(10_000, 100, 1e-3, 100, 1000), Course(5000, 40, 1e-3, 10, 100), batch=128, valid=1000),
 }
