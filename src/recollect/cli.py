@@ -46,6 +46,7 @@ EXPERIMENTS = (
     Experiment("hypernet-mnist", "MNIST by a kernel made of four numbers", "meta.hypernet_mnist", "HypernetMnist"),
     Experiment("hyperlstm", "characters of PTB: HyperLSTM, layer-norm LSTM, LSTM", "meta.hyperlstm", "HyperLstmRun"),
     Experiment("dictionary", "an embedding trained through its memory, beside MbPA's", "dictionary", "Dictionary"),
+    Experiment("learned-optimizer", "optimizers that are learned", "meta.learned_optimizer", "LearnedOptimizer"),
     Experiment("figure8", "which words MbPA helps, by training frequency", "figure8", "Figure8"),
 )
 
@@ -100,7 +101,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "list":
         _refuse_more(rest)
         for experiment in EXPERIMENTS:
-            print(f"{experiment.name:16}{experiment.summary}")
+            print(f"{experiment.name:18}{experiment.summary}")
     elif command == "show":
         _show(rest)
     elif command == "reproduce":
