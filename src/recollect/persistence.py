@@ -20,12 +20,8 @@ from recollect.errors import FormatError, SettingError
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
-<<<<<<< HEAD
-from recollect.memory import EpisodicMemory, ExactIndex, Static
-from recollect.meta import LSTMOptimizer, MetaLSTM, Policy
-=======
 from recollect.memory import EpisodicMemory, ExactIndex, NeuralDictionary, Static
->>>>>>> 0bab4a5b261c07c089998f1c3910581ff2ab4c0b
+from recollect.meta import LSTMOptimizer, MetaLSTM, Policy
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
 
@@ -70,18 +66,13 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {
     MbPA: ("head", "memory", "neighbors", "adaptation", "kernel", "likelihood"),
     Static: ("memory",),
 }
-<<<<<<< HEAD
 _RULES: dict[type[nn.Module], tuple[str, ...]] = {
     MetaLSTM: ("hidden", "p"),
     LSTMOptimizer: ("sizes", "p", "scale"),
     Policy: ("history", "current"),
 }
 # A memory's other arguments are the shapes and dtypes of its tensors; so are the sizes of a policy.
-_ARGUMENTS = _LAYERS | _CONTAINERS | _RULES | {EpisodicMemory: ("history",)}
-=======
-# A memory's other arguments are the shapes and dtypes of its tensors.
-_ARGUMENTS = _LAYERS | _CONTAINERS | {EpisodicMemory: ("history",), NeuralDictionary: ("rate",)}
->>>>>>> 0bab4a5b261c07c089998f1c3910581ff2ab4c0b
+_ARGUMENTS = _LAYERS | _CONTAINERS | _RULES | {EpisodicMemory: ("history",), NeuralDictionary: ("rate",)}
 _MODULES = {kind.__name__: kind for kind in _ARGUMENTS}
 _KERNELS, _LIKELIHOODS = (inverse_distance, gaussian, dot_product), (Categorical, Gaussian)
 _ADAPTATIONS = (LocalAdaptation, rules.sgd, rules.rmsprop, rules.adam)
@@ -91,20 +82,12 @@ _SETTINGS = {kind.__name__: kind for kind in (*_KERNELS, *_LIKELIHOODS, *_ADAPTA
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Saves a predictor, a memory, or a network around them to a folder that ``load`` reads.
 
-<<<<<<< HEAD
-    Saved are ``EpisodicMemory``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``, ``Mixture``, the learned
-    rules ``MetaLSTM``, ``LSTMOptimizer`` and ``Policy``, ``nn.Sequential`` and common layers of ``torch.nn``, with all
-    that they share: a memory or a parameter that two of them use is used by both again after loading. Of any other
-    module (your own network or rule, a layer with hooks or parametrizations, a memory with another index than
-    ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance. Tensors are stored contiguously, from
-    any device.
-=======
     Saved are ``EpisodicMemory``, ``NeuralDictionary``, ``Static``, ``MbPA``, ``Parametric``, ``NonParametric``,
-    ``Mixture``, ``nn.Sequential`` and common layers of ``torch.nn``, with all that they share: a memory or a parameter
-    that two of them use is used by both again after loading. Of any other module (your own network, a layer with hooks
-    or parametrizations, a memory with another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks
-    for an instance. Tensors are stored contiguously, from any device.
->>>>>>> 0bab4a5b261c07c089998f1c3910581ff2ab4c0b
+    ``Mixture``, the learned rules ``MetaLSTM``, ``LSTMOptimizer`` and ``Policy``, ``nn.Sequential`` and common layers
+    of ``torch.nn``, with all that they share: a memory or a parameter that two of them use is used by both again after
+    loading. Of any other module (your own network or rule, a layer with hooks or parametrizations, a memory with
+    another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance. Tensors are stored
+    contiguously, from any device.
 
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
     at a time may save to a folder. A killed one leaves ``.<folder>.<number>.partial`` beside it, which the next save

@@ -75,19 +75,15 @@ def save(picture: "Figure", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-<<<<<<< HEAD
 def draw(
-=======
-def _draw(
->>>>>>> ec9f48919e80c852ca2499af5e6a4c04e57a7f8f
     axes: "Axes",
     lines: Sequence[Curve],
     *,
     title: str,
     xlabel: str,
     ylabel: str,
-<<<<<<< HEAD
     log: bool = False,
+    log_y: bool = False,
     digits: int = 1,
     beside: bool = True,
 ) -> None:
@@ -100,17 +96,11 @@ def _draw(
         xlabel: What the horizontal axis shows; whole numbers, or on a logarithmic scale any.
         ylabel: What the vertical axis shows.
         log: Whether the horizontal axis is logarithmic.
+        log_y: Whether the vertical axis is.
         digits: Of the last values, after the point.
         beside: Whether the labels stand beside the panel or, of lines that fall, in its upper right corner.
     """
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-=======
-    log: bool,
-    log_y: bool = False,
-    digits: int = 1,
-) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
->>>>>>> ec9f48919e80c852ca2499af5e6a4c04e57a7f8f
 
     dress(axes)
     for line in sorted(lines, key=lambda line: -line.mean[-1]):
@@ -131,19 +121,15 @@ def _draw(
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-<<<<<<< HEAD
-    if beside:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    else:
-        axes.legend(loc="upper right", frameon=False, fontsize=9)
-=======
     if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.minorticks_off()
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
->>>>>>> ec9f48919e80c852ca2499af5e6a4c04e57a7f8f
+    if beside:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    else:
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
 def panels(
@@ -170,12 +156,7 @@ def panels(
     picture, axes = grid(len(parts), columns=2, width=7.6, height=4.4)
     across, up = ([label] * len(parts) if isinstance(label, str) else label for label in (xlabel, ylabel))
     for (title, lines), panel, x, y in zip(parts, axes, across, up, strict=True):
-<<<<<<< HEAD
-        draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log)
-=======
-        dress(panel)
-        _draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log, log_y=log_y, digits=digits)
->>>>>>> ec9f48919e80c852ca2499af5e6a4c04e57a7f8f
+        draw(panel, lines, title=title, xlabel=x, ylabel=y, log=log, log_y=log_y, digits=digits)
     save(picture, path)
 
 
