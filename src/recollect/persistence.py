@@ -288,9 +288,8 @@ def _is_known(module: nn.Module) -> bool:
         return True
     if type(module) in _CONTAINERS:
         return not (module._parameters or module._buffers)
-    if type(module) not in _LAYERS | _RULES:
-        return False
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    if hooked or type(module) not in _LAYERS | _RULES:
         return False
     twin = _make(type(module), _parts(module)[1], {}, {})
     return _shapes(twin) == _shapes(module)  # not so where a layer was pruned or resized
@@ -326,22 +325,8 @@ def _parts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Any]]:
 
 def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], state: Tensors) -> nn.Module:
     """Returns a module of this kind; a layer comes with its tensors on the meta device."""
-    if kind is EpisodicMemory:
-        keys, values = state["keys"], state["values"]
-        slots, key_size = keys.shape
-        history = settings.get("history", 0)  # older saves have none
-        return EpisodicMemory(
-            slots - history,
-            key_size,
-            value_shape=tuple(values.shape[1:]),
-            value_dtype=values.dtype,
-            key_dtype=keys.dtype,
-            history=history,
-        )
-    if kind is NeuralDictionary:
-        keys, values = state["keys"], state["values"]
-        shape, dtype = tuple(values.shape[1:]), values.dtype
-        return NeuralDictionary(*keys.shape, value_shape=shape, value_dtype=dtype, key_dtype=keys.dtype, **settings)
+    if kind in {EpisodicMemory, NeuralDictionary}:
+        return _make_memory(kind, settings, state["keys"], state["values"])
     if kind is nn.Sequential:
         return nn.Sequential(OrderedDict(children))
     if kind is Mixture:
@@ -353,6 +338,13 @@ def _make(kind: type, settings: dict[str, Any], children: dict[str, nn.Module], 
         return kind(**settings, generator=torch.Generator())
     with torch.device("meta"):  # no memory is filled, no random number drawn
         return kind(**settings)
+
+
+def _make_memory(kind: type, settings: dict[str, Any], keys: Tensor, values: Tensor) -> nn.Module:
+    history = settings.get("history", 0)  # a dictionary has none, nor have older saves
+    slots, key_size = keys.shape
+    shape, dtype = tuple(values.shape[1:]), values.dtype
+    return kind(slots - history, key_size, value_shape=shape, value_dtype=dtype, key_dtype=keys.dtype, **settings)
 
 
 def _setting(value: object, path: str) -> object:
