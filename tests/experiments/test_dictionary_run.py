@@ -1,6 +1,7 @@
 """The comparison of embeddings: its streams, what each model trains, and a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,9 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_interval_is_that_of_students_t(tmp_path: Path) -> None:
     record = Run(tmp_path, {})
     for seed, value in enumerate((1.0, 2.0, 6.0)):
-        record.add(part="test", stream="s", model="m", seed=seed, accuracy=[value])
-    mean, margin = dictionary._summary(record, "s", "m")
+        record.add(part="test", stream="s", model="vote", seed=seed, rate=0.003, accuracy=[value])
+    mean, error = dictionary._summary(record, "s", "vote")
     assert mean == [3.0]
-    assert margin[0] == pytest.approx(4.303 * 7**0.5 / 3**0.5)
+    assert error[0] == pytest.approx(7**0.5 / 3**0.5)
+    wanted = f"3.0 +- {4.303 * error[0]:.1f} (0.003)"
+    assert dictionary._cell(record, replace(TINY, seeds=(0, 1, 2)), "s", "vote") == wanted

@@ -146,8 +146,10 @@ def test_no_gradient_where_none_is_recorded() -> None:
     assert not inferred.requires_grad
     assert torch.equal(quiet, expected)
     assert torch.equal(inferred, expected)
+    products = dictionary.read(queries, 4, kernel=dot_product())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(predictor(queries), expected)
+        assert same(dictionary.read(queries, 4, kernel=dot_product()), products)
     assert NonParametric(Static(dictionary), neighbors=4, likelihood=Gaussian())(queries).requires_grad
     memory = EpisodicMemory(15, 3, value_shape=(2,), value_dtype=torch.float32)
     memory.write(dictionary.keys[:12], dictionary.values[:12].detach())

@@ -291,15 +291,15 @@ def _report(record: Run, scale: Scale) -> str:
     lines, panels = [head, ["---"] * len(head)], []
     found = {(stream, model): _summary(record, stream, model) for stream, model in itertools.product(_STREAMS, _MODELS)}
     for model, trained in zip(_MODELS, _TRAINED_BY, strict=True):
-        last = ((mean[-1], margin[-1]) for mean, margin in (found[stream, model] for stream in _STREAMS))
-        lines.append([model, trained, *(f"{mean:.1f} +- {margin:.1f}" for mean, margin in last)])
+        lines.append([model, trained, *(_cell(record, scale, stream, model) for stream in _STREAMS)])
     for stream, title in _STREAMS.items():
         seen = [scale.examples * part // _PARTS for part in range(1, _PARTS + 1)]
         models = zip(_MODELS, _COLORS, strict=True)
         panels.append((title, [plots.Curve(model, seen, *found[stream, model], color) for model, color in models]))
     intro = (
         f"Test accuracy (%) after {scale.examples:,} examples of {scale.data}, each seen once; mean over "
-        f"{len(scale.seeds)} seeds with 95 % intervals. Settings were chosen on validation data."
+        f"{len(scale.seeds)} seeds with 95 % intervals, and the embedding's rate that validation data chose of "
+        f"{', '.join(f'{rate:g}' for rate in scale.rates)}."
     )
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     table = f"## dictionary\n\n{intro}\n\n{body}\n"
@@ -309,10 +309,19 @@ def _report(record: Run, scale: Scale) -> str:
     return table
 
 
+def _cell(record: Run, scale: Scale, stream: str, model: str) -> str:
+    """Returns the last accuracy with its interval, and the rate at which the embedding was trained."""
+    mean, error = _summary(record, stream, model)
+    margin = _T[len(scale.seeds)] * error[-1]
+    row = record.find(part="test", stream=stream, model=model)
+    rate = f" ({row['rate']:g})" if row and _MODELS[model] else ""
+    return f"{mean[-1]:.1f} +- {margin:.1f}{rate}"
+
+
 def _summary(record: Run, stream: str, model: str) -> tuple[list[float], list[float]]:
-    """Returns mean accuracies after each part, and half the length of their 95 % intervals over seeds."""
+    """Returns mean accuracies after each part, and their standard errors over seeds."""
     wanted = {"part": "test", "stream": stream, "model": model}.items()
     rows = [row["accuracy"] for row in record.rows if wanted <= row.items()]
-    factor = _T[len(rows)] / math.sqrt(len(rows))
     points = list(zip(*rows, strict=True))
-    return [statistics.mean(point) for point in points], [factor * statistics.stdev(point) for point in points]
+    mean = [statistics.mean(point) for point in points]
+    return mean, [statistics.stdev(point) / math.sqrt(len(rows)) for point in points]

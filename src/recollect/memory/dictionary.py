@@ -32,9 +32,9 @@ _KEY_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class NeuralDictionary(nn.Module):
     """The Differentiable Neural Dictionary of Neural Episodic Control: gradients reach keys, values and queries.
 
-    Paper: Pritzel et al. (2017), *Neural Episodic Control*, arXiv:1703.01988, Section 3.2. MbPA's memory is "similar"
-    to it, with "one key difference": MbPA does "not train the embedding network through the gradients from the
-    memories" (Section 3 of its paper). ``EpisodicMemory`` is that memory; this one is the original.
+    Paper: Pritzel et al. (2017), *Neural Episodic Control*, arXiv:1703.01988, Sections 3.1, 3.3 and 3.4. MbPA's memory
+    is "similar" to it, with "one key difference": MbPA does "not train the embedding network through the gradients from
+    the memories" (Section 3 of its paper). ``EpisodicMemory`` is that memory; this one is the original.
 
     ``keys`` and ``values`` are parameters: hand ``parameters()`` to an optimizer, together with the embedding's. A
     ``NonParametric`` over a dictionary passes gradients on, so that a loss of its prediction trains all three:
@@ -47,8 +47,9 @@ class NeuralDictionary(nn.Module):
     is appended, and takes the place of the entry that was used least recently when the dictionary is full. *Used*
     means written, or a neighbor in a read that ``touch`` was told of: reading by itself changes nothing.
 
-    Differs from the paper: one dictionary serves all actions (a value can be a vector); of the neighbors of one read
-    the farthest counts as used least recently, as the paper does not say.
+    Differs from the paper: one dictionary serves all actions (a value can be a vector); the search is exact, where
+    theirs is approximate; a write counts as use, and of the neighbors of one read the farthest counts as used least
+    recently (the paper does not say).
 
     Args:
         capacity: The largest number of entries.
@@ -57,8 +58,9 @@ class NeuralDictionary(nn.Module):
         value_dtype: The dtype of the values.
         key_dtype: The dtype of the keys: float32, float64, float16 or bfloat16. Distances are computed in float32
             (float64 for float64 keys).
-        rate: How far the value of a known key moves to its target, from 0 to 1. The default is the paper's. Whole
-            numbers, such as labels, have no between: they are replaced, whatever the rate.
+        rate: How far the value of a known key moves to its target, from 0 to 1: alpha in the paper's Eq. (4). The paper
+            does not give its number; 0.1 is that of a public implementation (Kaixhin/EC). Whole numbers, such as
+            labels, have no between: they are replaced, whatever the rate.
 
     Raises:
         SettingError: If a size is not a positive whole number, or ``rate`` is not from 0 to 1.
@@ -147,9 +149,9 @@ class NeuralDictionary(nn.Module):
     def write(self, keys: Shaped[Tensor, "*b d"], values: Shaped[Tensor, "..."]) -> Int[Tensor, " n"]:
         """Moves the values of known keys to their targets, and appends the other keys with theirs.
 
-        A key is known if an entry has the very same numbers (of several such entries the oldest counts). A batch does
-        what its rows would do one by one, those with equal keys included. Either the whole batch is stored or, on an
-        error, nothing of it.
+        Paper: Pritzel et al. (2017), Section 3.3, Eq. (4): "the exact same key h is already in K". A key is known if an
+        entry has the very same numbers (of several such entries the oldest counts). A batch does what its rows would do
+        one by one, those with equal keys included. Either the whole batch is stored or, on an error, nothing of it.
 
         What an optimizer keeps for an overwritten row (momentum, Adam's averages) is not reset, and would move the new
         entry by the old one's gradients. SGD without momentum and RMSprop, the paper's choice, move no row by itself.
@@ -239,7 +241,7 @@ class NeuralDictionary(nn.Module):
     def touch(self, slots: Int[Tensor, "*b k"]) -> None:
         """Says that these entries were used in reads: they are now the last to be overwritten.
 
-        Paper: Pritzel et al. (2017), Section 3.2: "we overwrite the item that has least recently shown up as a
+        Paper: Pritzel et al. (2017), Section 3.3: "We overwrite the item that has least recently shown up as a
         neighbour".
 
         Args:
