@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from stopping import rows_of_a_stopped_run
 
 from recollect import rules
+from recollect.errors import NonFiniteError
 from recollect.experiments import plots
 from recollect.experiments.meta import learned_optimizer, training
 from recollect.experiments.meta.hand_made import LINE_SEARCHES, candidates, line_search, trajectories, tuned
@@ -33,7 +34,7 @@ from recollect.experiments.meta.learned_optimizer import (
     run,
 )
 from recollect.experiments.runner import Run
-from recollect.meta import Policy, Problem, quadratics, robust_regression
+from recollect.meta import Backpropagation, Policy, Problem, quadratics, robust_regression
 
 MADE = ("SGD", "momentum", "RMSprop", "Adam")
 TINY = Scale(Course(4, 6, 1e-2, 1, 5), Course(6, 4, 3e-3, 2, 4), imitation=2, batch=3, pairs=2, spacing=16.0, valid=3)
@@ -192,7 +193,7 @@ def test_a_trained_rule_is_the_best_on_validation_problems(
     rule = study._learned(name, rules.sgd(0.1))
     valid = FAMILIES[family].draw(3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judge = final_loss if name == LSTM else loss_on_the_way
-    assert len(offered) == {LSTM: 4, POLICY: 3, EVOLVED: 3}[name]
+    assert len(offered) == {LSTM: 4, POLICY: 4, EVOLVED: 5}[name]
     assert judge(trajectories(rule, valid, 6 if name == LSTM else 4)) == min(offered)
 
 
@@ -223,6 +224,25 @@ def test_imitation() -> None:
     assert error.item() < 0.3 * found.item()
 
 
+def test_a_training_that_diverges_goes_back_to_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], Backpropagation.step
+
+    def step(self: Backpropagation, rule: Any, problem: Problem, **how: Any) -> torch.Tensor:
+        seen.append(rule.output.bias.tolist())
+        if len(seen) == 4:
+            raise NonFiniteError("too far")
+        return real(self, rule, problem, **how)
+
+    monkeypatch.setattr(Backpropagation, "step", step)
+    study = learned_optimizer._Study(Run(tmp_path, {}), TINY, "logistic regression")
+    losses = iter((2.0, 1.0, 3.0, 4.0))  # after two imitations, and after each two iterations
+    monkeypatch.setattr(study, "_judge", lambda losses_seen: next(losses))
+    rule = study._learned(POLICY, rules.sgd(0.1))
+    assert isinstance(rule, Policy)
+    assert len(seen) == 6
+    assert seen[4] == seen[2] == rule.output.bias.tolist(), "the second look was the best"
+
+
 @pytest.mark.parametrize(("place", "name"), [(learned_optimizer, "imitation_error"), (Best, "offer")])
 def test_training_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
@@ -246,7 +266,7 @@ def test_training_goes_on_where_it_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         made["b"]._learned(EVOLVED, rules.sgd(0.1))
     again = made["b"]._learned(EVOLVED, rules.sgd(0.1))
-    assert len(calls) == (3 if name == "imitation_error" else 4)
+    assert len(calls) == (3 if name == "imitation_error" else 6)
     assert isinstance(whole, Policy)
     assert isinstance(again, Policy)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.adaptation.rules import Params, Rule
-from recollect.errors import require_choice
+from recollect.errors import NonFiniteError, require_choice
 from recollect.experiments.meta import learned_optimizer_report
 from recollect.experiments.meta.hand_made import LINE_SEARCHES, HandMade, line_search, trajectories, tuned
 from recollect.experiments.meta.training import train
@@ -278,12 +278,17 @@ class _Study:
                 imitator.zero_grad()
                 error.backward()
                 imitator.step()
-                return error.item()
-            curve = trainer.step(rule, problem, optimizer=optimizer, generator=g)
-            schedule.step()
-            if (number - before) % every == 0 or number == before + iterations:
+                loss = error.item()
+            else:
+                try:
+                    loss = trainer.step(rule, problem, optimizer=optimizer, generator=g).mean().item()
+                except NonFiniteError:  # steps that grow and grow: back to where they did not
+                    rule.load_state_dict(best.rule.state_dict())
+                    loss = best.loss.item()
+                schedule.step()
+            if number % every == 0 or number == before + iterations:
                 best.offer(rule, self._judge(trajectories(rule, valid, course.steps)))
-            return curve.mean().item()
+            return loss
 
         parts = {"rule": rule, "best": best, "optimizer": optimizer, "schedule": schedule}
         run_of = {"family": self._name, "rule": name, "course": asdict(course), "trainer": asdict(trainer)}
