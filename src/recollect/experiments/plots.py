@@ -161,11 +161,14 @@ def panels(
 
 
 def mosaic(axes: "Axes", kernels: "Tensor", *, title: str) -> None:
-    """Draws the kernels of a convolution beside each other: a row for each output, a column for each input."""
+    """Draws the kernels of a convolution beside each other: a row for each output, a column for each input.
+
+    The one percent of largest numbers have the darkest colors; else a few of them would leave the others pale.
+    """
     rows, columns, high, wide = kernels.shape
     tiles = kernels.new_full((rows, columns, high + 1, wide + 1), float("nan"))  # a white line between them
     tiles[:, :, :high, :wide] = kernels
-    limit = float(kernels.abs().max())
+    limit = float(kernels.abs().flatten().quantile(0.99))
     table = tiles.transpose(1, 2).reshape(rows * (high + 1), columns * (wide + 1))[:-1, :-1]
     axes.imshow(table.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_axis_off()
