@@ -150,6 +150,7 @@ def test_no_gradient_where_none_is_recorded() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(predictor(queries), expected)
         assert same(dictionary.read(queries, 4, kernel=dot_product()), products)
+    assert torch.allclose(products.weights, (products.keys @ queries.unsqueeze(-1)).squeeze(-1).softmax(-1), rtol=1e-6)
     assert NonParametric(Static(dictionary), neighbors=4, likelihood=Gaussian())(queries).requires_grad
     memory = EpisodicMemory(15, 3, value_shape=(2,), value_dtype=torch.float32)
     memory.write(dictionary.keys[:12], dictionary.values[:12].detach())
@@ -508,3 +509,11 @@ def test_says_that_training_has_spoiled_a_key() -> None:
     for use in (lambda: dictionary.read(torch.zeros(3), 2), lambda: dictionary.write(torch.zeros(3), torch.zeros(2))):
         with pytest.raises(NonFiniteError, match="slot 5 has become NaN"):
             use()
+    loaded = random_dictionary()
+    loaded.load_state_dict(dictionary.state_dict())
+    converted = random_dictionary(value_dtype=torch.float64, key_dtype=torch.float64)
+    with torch.no_grad():
+        converted.keys[5, 1] = 1e30
+    for spoiled in (loaded, converted.half()):
+        with pytest.raises(NonFiniteError, match="slot 5 has become NaN"):
+            spoiled.read(torch.zeros(3), 2)
