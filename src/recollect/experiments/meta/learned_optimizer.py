@@ -2,8 +2,8 @@
 
 The LSTM optimizer of Andrychowicz et al. (2016), Section 3.1, on random quadratic functions, and the policy of Li and
 Malik (2017), Section 4, on logistic regressions, robust regressions and small networks. The policy is trained in two
-ways that take the same time: by gradients through its steps, and by an evolution strategy, to which a step is a black
-box, as it is to the paper's guided policy search. Settings of what is made by hand, and the moment at which a learned
+ways that take the same time: by gradients through its steps, and by an evolution strategy, which needs no derivative
+of them. Both begin with the imitation of momentum. Settings of what is made by hand, and the moment at which a learned
 rule is taken, are chosen on validation problems.
 """
 

@@ -56,8 +56,9 @@ def _table(grouped: dict[str, list[Row]]) -> str:
     parts += ["### Li and Malik's problems", _body(*_margins([row for family in others for row in grouped[family]]))]
     parts.append(
         "The margin of victory is the lowest loss of all other optimizers, less the optimizer's own, as a mean over "
-        "steps and problems: above zero, it beats even the best of the others on each. A policy's others are all that "
-        "is made by hand; both ways to train one took the same time. Guided policy search is not rebuilt."
+        "steps and problems: above zero, it is better than the best of the others on each. A policy's others are all "
+        "that is made by hand. Both ways to train a policy begin with the same imitation of momentum and then take the "
+        "same time. Guided policy search is not rebuilt."
     )
     return "\n\n".join(parts) + "\n"
 
