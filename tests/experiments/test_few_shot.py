@@ -112,8 +112,9 @@ def test_mann_reads_each_query_after_the_support(features: nn.Module, some: Epis
 
 
 def test_fine_tuning_starts_from_the_embedding(features: nn.Module, some: Episodes) -> None:
-    net = learners.with_head(features, 32, _WAYS)
-    assert torch.equal(net(some.support[0]), torch.zeros(6, _WAYS))
+    state = torch.get_rng_state()
+    assert torch.equal(learners.blank(32, _WAYS)(features(some.support[0])), torch.zeros(6, _WAYS))
+    assert torch.equal(torch.get_rng_state(), state)
     before = {name: value.clone() for name, value in features.state_dict().items()}
     settings = {"layers": "all", "rate": 0.01, "steps": 20}
     choices = learners.fine_tuning(features, 32, _WAYS)

@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,9 +32,8 @@ from recollect import (
     rules,
 )
 from recollect.data import Dataset, digits, mnist, split
-from recollect.errors import require_choice
 from recollect.experiments import plots
-from recollect.experiments.runner import Progress, Run, refuse_strange
+from recollect.experiments.runner import Progress, Run, begin
 from recollect.models import mlp
 
 CLASSES, _PARTS = 10, 5
@@ -132,10 +131,7 @@ def run(config: Dictionary) -> str:
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
         MissingDataError, MissingExtraError: If MNIST is not there and cannot be fetched.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     data = _data(scale)
     grids = {model: _grid(scale, model) for model in _MODELS}
     work = len(_STREAMS) * sum(len(scale.seeds) + len(grid) for grid in grids.values())

@@ -16,13 +16,14 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from recollect.errors import FormatError, SettingError
+from recollect.errors import FormatError, SettingError, require_choice
 
 _MOST_LETTERS = 80  # of a setting in a message
 _SECONDS_BETWEEN_LINES = 20.0  # of the progress display where the output is no terminal
@@ -98,6 +99,44 @@ class Run:
     def write_table(self, text: str) -> None:
         """Writes table.md."""
         write_text(self.folder / "table.md", text)
+
+
+@runtime_checkable
+class DataClass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Scale = TypeVar("Scale", bound=DataClass)
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """What the commands of all experiments have."""
+
+    @property
+    def scale(self) -> str: ...
+
+    @property
+    def out(self) -> Path: ...
+
+
+def begin(config: Settings, scales: Mapping[str, Scale]) -> tuple[Run, Scale]:
+    """Returns the record of a run that draws ``figure.png``, and the scale that was asked for.
+
+    Args:
+        config: The command.
+        scales: A dataclass for each name that ``config.scale`` may have; the record keeps what it says.
+
+    Raises:
+        SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
+        FormatError: If the folder's files are not those of a run.
+    """
+    require_choice("--scale", config.scale, tuple(scales))
+    refuse_strange(config.out / "config.json", config.out / "figure.png")
+    scale = scales[config.scale]
+    return Run(config.out, {"scale": config.scale, **asdict(scale)}), scale
 
 
 def _shortly(value: object, other: object) -> str:

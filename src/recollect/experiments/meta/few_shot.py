@@ -7,14 +7,13 @@ as their start. All answer the same queries; what it costs stands beside how oft
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,13 +23,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.adaptation import rules
 from recollect.data import Episodes, episodes, sequences
-from recollect.errors import require_choice
 from recollect.experiments.meta import few_shot_learners as learners
 from recollect.experiments.meta import few_shot_report
 from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
 from recollect.experiments.meta.few_shot_learners import Choice
+from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import Part, train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.meta import MAML, MANN, Labels, LRUAccess, MetaLSTM, offset
 
 _SIDE, _WAYS, _SHOTS, _SIZE = 28, 5, (1, 5), 128  # pixels, classes of a task, drawings of each, features
@@ -106,16 +105,14 @@ def run(config: FewShot | MetaLstm) -> str:
         MissingDataError, MissingExtraError, FormatError: See ``recollect.data.omniglot``.
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     study = _Study(record, scale)
     pairs = list(itertools.product(META_LSTM if isinstance(config, MetaLstm) else ALL, _SHOTS))
-    for part, measure in (("test", study.test), ("cost", study.cost)):
-        for name, shots in pairs:
-            if record.find(part=part, learner=name, shots=shots) is None:
-                measure(name, shots)
+    rows = {(name, shots): record.find(part="test", learner=name, shots=shots) for name, shots in pairs}
+    tested = {pair: study.test(*pair) if row is None else row for pair, row in rows.items()}
+    for (name, shots), row in tested.items():
+        if record.find(part="cost", learner=name, shots=shots) is None:
+            study.cost(name, shots, row["settings"])
     return few_shot_report.report(record)
 
 
@@ -128,23 +125,22 @@ class _Study:
     def _data(self) -> Drawings:
         return drawings(_SIDE, seed=self._scale.seed)
 
-    def test(self, name: str, shots: int) -> None:
-        """Trains what a learner needs, chooses its settings, and adds the row of its test."""
+    def test(self, name: str, shots: int) -> dict[str, Any]:
+        """Trains what a learner needs, chooses its settings, adds the row of its test, and returns it."""
         choices = self._choices(name, shots)
         best, valid = choices[0], None
         if len(choices) > 1:
             accuracy = [float(self._right(choice, VALID, shots, self._scale.valid).mean()) for choice in choices]
             best, valid = choices[accuracy.index(max(accuracy))], round(max(accuracy), 2)
         right = self._right(best, TEST, shots, self._scale.test)
-        margin = 1.96 * float(right.std()) / math.sqrt(len(right))
-        row = {"accuracy": round(float(right.mean()), 2), "interval": round(margin, 2)}
-        self._record.add(part="test", learner=name, shots=shots, settings=best.settings, valid=valid, **row)
+        row = {"learner": name, "shots": shots, "settings": best.settings, "valid": valid}
+        row |= {"accuracy": round(float(right.mean()), 2), "interval": round(float(half_width(right)), 2)}
+        self._record.add(part="test", **row)
+        return row
 
-    def cost(self, name: str, shots: int) -> None:
+    def cost(self, name: str, shots: int, settings: dict[str, Any]) -> None:
         """Adds the median time to learn a task and to answer one query of it, after a warm-up."""
-        row = self._record.find(part="test", learner=name, shots=shots)
-        assert row is not None
-        choice = next(choice for choice in self._choices(name, shots) if choice.settings == row["settings"])
+        choice = next(choice for choice in self._choices(name, shots) if choice.settings == settings)
         some = self._draw(TEST, self._scale.timed, shots, generator=torch.Generator().manual_seed(0))
         times = list[float]()
         for task in range(-1, self._scale.timed):
@@ -242,7 +238,7 @@ class _Study:
 
     def _start(self) -> nn.Module:
         """Returns where the learned starts begin, which is where fine-tuning starts."""
-        return learners.with_head(copy.deepcopy(self._features), _SIZE, _WAYS)
+        return nn.Sequential(copy.deepcopy(self._features), learners.blank(_SIZE, _WAYS))
 
     def _meta_train(
         self, name: str, maml: MAML, iterations: int, tasks: tuple[int, int], *, generator: torch.Generator

@@ -47,12 +47,12 @@ def network(side: int, outputs: int, *, generator: torch.Generator) -> nn.Sequen
     return nn.Sequential(*layers, nn.Flatten(), drawn(nn.Linear(size, outputs, device="meta"), size, generator))
 
 
-def with_head(features: nn.Module, size: int, ways: int) -> nn.Sequential:
-    """Returns a network of features and a last layer that says nothing yet."""
-    head = nn.Linear(size, ways)
+def blank(size: int, ways: int) -> nn.Module:
+    """Returns a last layer that says nothing yet."""
+    head = nn.utils.skip_init(nn.Linear, size, ways)  # which draws nothing
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
-    return nn.Sequential(features, head)
+    return head
 
 
 @torch.no_grad()
@@ -108,8 +108,7 @@ def mbpa(features: nn.Module, shots: int, ways: int) -> list[Choice]:
         adaptation = LocalAdaptation(rules.sgd(rate), steps)
 
         def layer(memory: EpisodicMemory) -> nn.Module:
-            head = with_head(nn.Identity(), memory.key_size, ways)[1]
-            return MbPA(head, memory, neighbors=neighbors, adaptation=adaptation)
+            return MbPA(blank(memory.key_size, ways), memory, neighbors=neighbors, adaptation=adaptation)
 
         settings = {"neighbors": neighbors, "rate": rate, "steps": steps}
         return Choice(settings, lambda some: _by_memory(features, layer, some))
@@ -132,27 +131,29 @@ def _by_memory(features: nn.Module, layer: Callable[[EpisodicMemory], nn.Module]
 
 def fine_tuning(features: nn.Module, size: int, ways: int) -> list[Choice]:
     """The embedding's network with a new last layer, trained on the support: MAML's steps from an ordinary start."""
-    net = with_head(features, size, ways)
+    net = nn.Sequential(features, blank(size, ways))
 
     def choice(parameters: tuple[str, ...] | None, rate: float, steps: int) -> Choice:
         maml = MAML(net, rule=rules.adam(rate), first_order=True, parameters=parameters)
         layers = "all" if parameters is None else "last"
-        return Choice({"layers": layers, "rate": rate, "steps": steps}, meta_learner(maml, (steps,))[0].learner)
+        return Choice({"layers": layers, "rate": rate, "steps": steps}, after(maml, steps))
 
     return [choice(*settings) for settings in itertools.product((None, ("1",)), (0.001, 0.01, 0.1), (5, 20))]
 
 
 def meta_learner(maml: MAML, steps: tuple[int, ...]) -> list[Choice]:
     """MAML, or the Meta-LSTM: a learned start, and steps by a given or a learned rule."""
+    return [Choice({"steps": count}, after(maml, count)) for count in steps]
 
-    def choice(count: int) -> Choice:
-        def learner(some: Episodes) -> Int[Tensor, "t q"]:
-            with torch.no_grad():
-                return maml(some.support, some.support_labels, some.queries, steps=count).argmax(-1)
 
-        return Choice({"steps": count}, learner)
+def after(maml: MAML, steps: int) -> Learner:
+    """Returns what a network says that has taken some steps on the support."""
 
-    return [choice(count) for count in steps]
+    def learner(some: Episodes) -> Int[Tensor, "t q"]:
+        with torch.no_grad():
+            return maml(some.support, some.support_labels, some.queries, steps=steps).argmax(-1)
+
+    return learner
 
 
 def read_on(features: nn.Module, mann: MANN, ways: int) -> list[Choice]:

@@ -13,11 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.data import Corpus, penn_treebank
-from recollect.errors import require_choice
 from recollect.experiments import plots
 from recollect.experiments.meta.character_models import Carried, CharacterModel, bits_per_character, rows
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 
 # Ha et al. (2017), Table 3: bits per character of the test text, by 1000 units.
 PAPER = {"lstm": 1.312, "ln-lstm": 1.267, "hyperlstm": 1.265, "ln-hyperlstm": 1.250}
@@ -123,10 +122,7 @@ def run(config: HyperLstmRun) -> str:
         MissingDataError, MissingExtraError: See ``recollect.data.penn_treebank``.
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     study = _Study(record, scale)
     for line in scale.lines:
         if record.find(part="test", line=asdict(line)) is None:

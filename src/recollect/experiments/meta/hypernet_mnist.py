@@ -14,10 +14,9 @@ from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.data import Dataset, mnist
-from recollect.errors import require_choice
 from recollect.experiments import plots
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.meta import Hypernetwork
 
 # Ha et al. (2017), Table 1: percent right, and the parameters of the second kernel.
@@ -77,10 +76,7 @@ def run(config: HypernetMnist) -> str:
         MissingDataError, MissingExtraError, FormatError: See ``recollect.data.mnist``.
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     study = _Study(record, scale)
     for kind in TITLES:
         if record.find(part="test", kind=kind) is None:

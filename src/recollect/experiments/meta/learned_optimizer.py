@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.adaptation.rules import Params, Rule
-from recollect.errors import NonFiniteError, require_choice
+from recollect.errors import NonFiniteError
 from recollect.experiments.meta import learned_optimizer_report
 from recollect.experiments.meta.hand_made import LINE_SEARCHES, HandMade, line_search, trajectories, tuned
+from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.meta import (
     Backpropagation,
     EvolutionStrategy,
@@ -182,10 +183,7 @@ def run(config: LearnedOptimizer) -> str:
         MissingExtraError: If scipy or matplotlib is not installed.
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     for name in FAMILIES:
         _Study(record, scale, name).measure()
     return learned_optimizer_report.report(record)
@@ -253,8 +251,8 @@ class _Study:
             losses[name], more[name] = found.losses, {"gradients": round(found.gradients, 2)}
         won = margins(losses, family.learned)
         for name in missing:
-            row = {"loss": _means(losses[name]), "interval": _intervals(losses[name])}
-            row |= {"margin": _means(won[name]), "margin_interval": _intervals(won[name])}
+            row = {"loss": _means(losses[name]), "interval": _rounded(half_width(losses[name]))}
+            row |= {"margin": _means(won[name]), "margin_interval": _rounded(half_width(won[name]))}
             self._record.add(part="test", family=self._name, optimizer=name, **row, **more.get(name, {}))
 
     def _learned(self, name: str, teacher: HandMade) -> Rule:
@@ -321,11 +319,6 @@ class _Study:
 
 def _means(numbers: Float[Tensor, "*t b"]) -> Any:
     return _rounded(numbers.mean(-1))
-
-
-def _intervals(numbers: Float[Tensor, "*t b"]) -> Any:
-    """Returns half of a 95 % interval."""
-    return _rounded(1.96 * numbers.std(-1) / math.sqrt(numbers.shape[-1]))
 
 
 def _rounded(numbers: Float[Tensor, "*t"]) -> Any:

@@ -1,7 +1,6 @@
 """Few-shot classification of Finn et al. (2017), Section 5.2: Omniglot, a few drawings of each of a few characters."""
 
 import itertools
-import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.adaptation import rules
 from recollect.data import Episodes, episodes
-from recollect.errors import require_choice
 from recollect.experiments import plots
 from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
+from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.meta import MAML
 from recollect.meta.initial import drawn
 
@@ -107,10 +106,7 @@ def run(config: MamlOmniglot) -> str:
         MissingDataError, MissingExtraError, FormatError: See ``recollect.data.omniglot``.
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     study = _Study(record, scale)
     for line in scale.lines:
         if record.find(part="test", line=asdict(line)) is None:
@@ -203,7 +199,7 @@ class _Study:
 
 
 def _margin(values: Tensor) -> float:
-    return round(1.96 * float(values.std()) / math.sqrt(len(values)), 2)
+    return round(float(half_width(values)), 2)
 
 
 def _report(record: Run, scale: Scale) -> str:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from recollect.adaptation import rules
-from recollect.errors import NonFiniteError, require_choice
+from recollect.errors import NonFiniteError
 from recollect.experiments import plots
+from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.likelihoods import Gaussian
 from recollect.meta import MAML
 from recollect.models import mlp
@@ -82,10 +83,7 @@ def run(config: MamlSinusoid) -> str:
     Raises:
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
-    require_choice("--scale", config.scale, tuple(SCALES))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES)
     for shots, model in itertools.product(scale.shots, _COLORS):
         if record.find(part="test", model=model, shots=shots) is None:
             _measure(record, scale, model, shots)
@@ -133,8 +131,7 @@ def _measure(record: Run, scale: Scale, model: str, shots: int) -> None:
     train(record.folder, title, parts, run=run_of, generator=g, steps=scale.iterations, step=step)
     rate = _best_rate(net, scale, shots)
     errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(2)))
-    margin = 1.96 * errors.std(1) / math.sqrt(scale.test)
-    row = {"mse": _rounded(errors.mean(1)), "interval": _rounded(margin)}
+    row = {"mse": _rounded(errors.mean(1)), "interval": _rounded(half_width(errors))}
     record.add(part="test", model=model, shots=shots, rate=rate, **row)
 
 

@@ -4,7 +4,6 @@ An episode shows ten drawings of each of a few characters that the network has n
 of each comes with the next drawing. What counts is how often the 1st, 2nd, ... 10th drawing of a character is named.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recollect.data import jittered, sequences
-from recollect.errors import require_choice
 from recollect.experiments.meta import mann_report
 from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
+from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import train
-from recollect.experiments.runner import Run, refuse_strange
+from recollect.experiments.runner import Run, begin
 from recollect.meta import MANN, Labels, LRUAccess, LSTMBaseline, NTMAccess, by_instance, offset
 
 _SIDE, _INSTANCES, _HIDDEN = 20, 10, 200  # pixels, drawings of a character in an episode, units of a controller
@@ -121,10 +120,7 @@ def run(config: MannTable1 | MannTable2) -> str:
         SettingError: If there is no such scale, or the folder holds a run of other settings, or pictures of no run.
     """
     name = "mann-table1" if isinstance(config, MannTable1) else "mann-table2"
-    require_choice("--scale", config.scale, tuple(SCALES[name]))
-    refuse_strange(config.out / "config.json", config.out / "figure.png")
-    scale = SCALES[name][config.scale]
-    record = Run(config.out, {"scale": config.scale, **asdict(scale)})
+    record, scale = begin(config, SCALES[name])
     study = _Study(record, scale)
     for task, model in scale.lines:
         if record.find(part="test", task=task, model=model) is None:
@@ -178,8 +174,7 @@ class _Study:
         some = self._draw(task, TEST, self._scale.test, moved=False, generator=g)
         parts = [Batch(*part) for part in zip(some.inputs.split(100), some.labels.split(100), strict=True)]
         right = torch.cat([_right(guess(part), part.labels) for part in parts])
-        margin = 1.96 * right.std(0) / math.sqrt(len(right))
-        row = {"accuracy": _rounded(right.mean(0)), "interval": _rounded(margin), **more}
+        row = {"accuracy": _rounded(right.mean(0)), "interval": _rounded(half_width(right.mT)), **more}
         self._record.add(part="test", task=task, model=model, **row)
 
     def _draw(self, task: str, split: int, count: int, *, moved: bool, generator: torch.Generator) -> Batch:
