@@ -26,7 +26,7 @@ from recollect.data import Episodes, episodes, sequences
 from recollect.experiments.meta import few_shot_learners as learners
 from recollect.experiments.meta import few_shot_report
 from recollect.experiments.meta.drawings import TEST, TRAIN, VALID, Drawings, drawings
-from recollect.experiments.meta.few_shot_learners import Choice
+from recollect.experiments.meta.few_shot_learners import Choice, Learner
 from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import Part, train
 from recollect.experiments.runner import Run, begin
@@ -49,7 +49,9 @@ class Scale:
     maml: int
     """Iterations of MAML: by turns 32 tasks of one drawing and 8 of five."""
     meta_lstm: int
-    """Iterations of the Meta-LSTM: by turns 4 tasks of one drawing and of five."""
+    """Iterations of the Meta-LSTM of all layers: by turns 4 tasks of one drawing and of five."""
+    meta_lstm_last: int
+    """Iterations of the one of the last layer: by turns 32 tasks of one drawing and 8 of five."""
     valid: int = 200
     """Validation tasks: settings are chosen on them."""
     test: int = 1000
@@ -72,9 +74,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(3, 2, 2, 2, valid=3, test=5, timed=2, every=2),
-    "small": Scale(6_000, 8_000, 6_000, 1_500),
-    "paper": Scale(60_000, 100_000, 60_000, 75_000),
+    "smoke": Scale(3, 2, 2, 2, 2, valid=3, test=5, timed=2, every=2),
+    "small": Scale(6_000, 8_000, 6_000, 1_500, 6_000),
+    "paper": Scale(60_000, 100_000, 60_000, 75_000, 60_000),
 }
 
 
@@ -130,9 +132,11 @@ class _Study:
         choices = self._choices(name, shots)
         best, valid = choices[0], None
         if len(choices) > 1:
-            accuracy = [float(self._right(choice, VALID, shots, self._scale.valid).mean()) for choice in choices]
+            accuracy = [
+                float(self._right(choice.learner, VALID, shots, self._scale.valid).mean()) for choice in choices
+            ]
             best, valid = choices[accuracy.index(max(accuracy))], round(max(accuracy), 2)
-        right = self._right(best, TEST, shots, self._scale.test)
+        right = self._right(best.learner, TEST, shots, self._scale.test)
         row = {"learner": name, "shots": shots, "settings": best.settings, "valid": valid}
         row |= {"accuracy": round(float(right.mean()), 2), "interval": round(float(half_width(right)), 2)}
         self._record.add(part="test", **row)
@@ -153,25 +157,29 @@ class _Study:
 
     def _choices(self, name: str, shots: int) -> list[Choice]:
         if name == "maml":
-            return learners.meta_learner(self._maml, (1, 3, 5, 10))
+            return [Choice({"steps": steps}, learners.after(self._maml, steps)) for steps in (1, 3, 5, 10)]
         if name == "meta-lstm":
-            return learners.meta_learner(self._meta_lstm, (self._scale.steps,))
+            steps = self._scale.steps
+            return [
+                Choice({"layers": layers, "steps": steps}, learners.after(maml, steps))
+                for layers, maml in self._meta_lstms.items()
+            ]
         features = self._features
         if name == "mann":
-            return learners.read_on(features, self._mann, _WAYS)
+            return [Choice({}, learners.read_on(features, self._mann, _WAYS))]
         if name == "fine-tuning":
             return learners.fine_tuning(features, _SIZE, _WAYS)
         if name in {"vote", "mbpa"}:
             return (learners.vote if name == "vote" else learners.mbpa)(features, shots, _WAYS)
-        return (learners.nearest if name == "nearest" else learners.prototypes)(features)
+        return [Choice({}, (learners.nearest if name == "nearest" else learners.prototypes)(features))]
 
-    def _right(self, choice: Choice, split: int, shots: int, tasks: int) -> Float[Tensor, " t"]:
+    def _right(self, learner: Learner, split: int, shots: int, tasks: int) -> Float[Tensor, " t"]:
         """Returns the accuracy of each task of a split, in percent; the tasks are the same for all learners."""
         g = torch.Generator().manual_seed(100 * split + shots)
         found = list[Tensor]()
         for start in range(0, tasks, 50):
             some = self._draw(split, min(50, tasks - start), shots, generator=g)
-            found.append((choice.learner(some) == some.query_labels).float().mean(1))
+            found.append((learner(some) == some.query_labels).float().mean(1))
         return 100 * torch.cat(found)
 
     def _draw(self, split: int, tasks: int, shots: int, *, generator: torch.Generator) -> Episodes:
@@ -218,8 +226,8 @@ class _Study:
             logits, _ = mann(offset(some.inputs, labels.encode(some.labels)))
             return -labels.log_prob(logits, some.labels).mean()
 
-        choice = learners.read_on(features, mann, _WAYS)[0]
-        self._train("mann", mann, self._scale.mann, loss, generator=g, choice=choice)
+        learner = learners.read_on(features, mann, _WAYS)
+        self._train("mann", mann, self._scale.mann, loss, generator=g, learner=learner)
         return mann
 
     @cached_property
@@ -230,11 +238,19 @@ class _Study:
         return maml
 
     @cached_property
-    def _meta_lstm(self) -> MAML:
-        g = self._generator()
-        maml = MAML(self._start(), rule=MetaLSTM(generator=g), steps=self._scale.steps, first_order=True)
-        self._meta_train("meta-lstm", maml, self._scale.meta_lstm, (4, 4), generator=g)
-        return maml
+    def _meta_lstms(self) -> dict[str, MAML]:
+        """A rule for all layers, and one for the last alone; the start of the other layers is learned there too."""
+        found, scale = dict[str, MAML](), self._scale
+        for layers, name, iterations, tasks, parameters in (
+            ("all", "meta-lstm", scale.meta_lstm, (4, 4), None),
+            ("last", "meta-lstm-last", scale.meta_lstm_last, (32, 8), ("1",)),
+        ):
+            g = self._generator()
+            rule = MetaLSTM(generator=g)
+            maml = MAML(self._start(), rule=rule, steps=scale.steps, first_order=True, parameters=parameters)
+            self._meta_train(name, maml, iterations, tasks, generator=g)
+            found[layers] = maml
+        return found
 
     def _start(self) -> nn.Module:
         """Returns where the learned starts begin, which is where fine-tuning starts."""
@@ -251,8 +267,8 @@ class _Study:
             outputs = maml(some.support, some.support_labels, some.queries)
             return cross_entropy(outputs.flatten(0, 1), some.query_labels.flatten())
 
-        choice = learners.meta_learner(maml, (maml.steps,))[0]
-        self._train(name, maml, iterations, loss, generator=generator, choice=choice)
+        learner = learners.after(maml, maml.steps)
+        self._train(name, maml, iterations, loss, generator=generator, learner=learner)
 
     def _train(
         self,
@@ -262,7 +278,7 @@ class _Study:
         loss: Callable[[int], Tensor],
         *,
         generator: torch.Generator,
-        choice: Choice | None = None,
+        learner: Learner | None = None,
     ) -> None:
         """Trains a network, with rows of what a learner makes of it on validation tasks of one drawing and of five."""
         scale = self._scale
@@ -280,8 +296,8 @@ class _Study:
             optimizer.step()
             schedule.step()
             key = {"part": "learning", "learner": name, "iterations": number}
-            if choice is not None and number % scale.every == 0 and self._record.find(**key) is None:
-                right = [float(self._right(choice, VALID, shots, scale.valid).mean()) for shots in _SHOTS]
+            if learner is not None and number % scale.every == 0 and self._record.find(**key) is None:
+                right = [float(self._right(learner, VALID, shots, scale.valid).mean()) for shots in _SHOTS]
                 self._record.add(**key, loss=round(value.item(), 5), accuracy=[round(number, 2) for number in right])
             return value.item()
 

@@ -67,17 +67,17 @@ def entries(features: nn.Module, images: Float[Tensor, "*b c h w"]) -> Float[Ten
     return found * found.shape[-1] ** 0.5
 
 
-def nearest(features: nn.Module) -> list[Choice]:
+def nearest(features: nn.Module) -> Learner:
     """The label of the nearest drawing."""
 
     def learner(some: Episodes) -> Int[Tensor, "t q"]:
         found = torch.cdist(keys(features, some.queries), keys(features, some.support)).argmin(2)
         return some.support_labels.gather(1, found)
 
-    return [Choice({}, learner)]
+    return learner
 
 
-def prototypes(features: nn.Module) -> list[Choice]:
+def prototypes(features: nn.Module) -> Learner:
     """The class with the nearest mean of its drawings (Snell et al., 2017, of an embedding that was not trained so)."""
 
     def learner(some: Episodes) -> Int[Tensor, "t q"]:
@@ -86,7 +86,7 @@ def prototypes(features: nn.Module) -> list[Choice]:
         means = members @ keys(features, some.support) / members.sum(2, keepdim=True)
         return torch.cdist(keys(features, some.queries), means).argmin(2)
 
-    return [Choice({}, learner)]
+    return learner
 
 
 def vote(features: nn.Module, shots: int, ways: int) -> list[Choice]:
@@ -141,13 +141,8 @@ def fine_tuning(features: nn.Module, size: int, ways: int) -> list[Choice]:
     return [choice(*settings) for settings in itertools.product((None, ("1",)), (0.001, 0.01, 0.1), (5, 20))]
 
 
-def meta_learner(maml: MAML, steps: tuple[int, ...]) -> list[Choice]:
-    """MAML, or the Meta-LSTM: a learned start, and steps by a given or a learned rule."""
-    return [Choice({"steps": count}, after(maml, count)) for count in steps]
-
-
 def after(maml: MAML, steps: int) -> Learner:
-    """Returns what a network says that has taken some steps on the support."""
+    """A network after some steps on the support: by a given rule, MAML's from a learned start, or a learned rule."""
 
     def learner(some: Episodes) -> Int[Tensor, "t q"]:
         with torch.no_grad():
@@ -156,7 +151,7 @@ def after(maml: MAML, steps: int) -> Learner:
     return learner
 
 
-def read_on(features: nn.Module, mann: MANN, ways: int) -> list[Choice]:
+def read_on(features: nn.Module, mann: MANN, ways: int) -> Learner:
     """MANN: it reads the support, each label one step late, and then a query."""
     labels = Labels(ways)
 
@@ -170,4 +165,4 @@ def read_on(features: nn.Module, mann: MANN, ways: int) -> list[Choice]:
             logits, _ = mann(torch.cat([queries, last], 2).flatten(0, 1).unsqueeze(1), each)
         return labels.predict(logits)[:, 0].unflatten(0, queries.shape[:2])
 
-    return [Choice({}, learner)]
+    return learner

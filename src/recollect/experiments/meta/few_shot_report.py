@@ -25,7 +25,7 @@ _COLORS = {
     "maml": plots.NAVY,
     "meta-lstm": plots.ORANGE,
 }
-_TRAINED = ("mann", "maml", "meta-lstm")
+_CURVES = {"mann": "mann", "maml": "maml", "meta-lstm": "meta-lstm-last"}
 # In percent, on splits and networks of their own: Finn et al. (2017), Table 1; there MANN is that of Santoro et al.
 _PAPER = {"maml": ("98.7", "99.9"), "mann": ("82.8", "94.9")}
 Row = dict[str, Any]
@@ -83,8 +83,8 @@ def _figure(record: Run, tests: dict[tuple[str, int], Row]) -> None:
     last.set_title("While learning: new characters", loc="left", fontsize=11)
     last.set_xlabel("iterations")
     last.set_ylabel("named correctly (%)")
-    for name in _TRAINED:
-        rows = [row for row in record.rows if row["part"] == "learning" and row["learner"] == name]
+    for name, trained in _CURVES.items():
+        rows = [row for row in record.rows if row["part"] == "learning" and row["learner"] == trained]
         for place, (shots, style) in enumerate(((1, "--"), (5, "-"))):
             x, y = [row["iterations"] for row in rows], [row["accuracy"][place] for row in rows]
             if rows:
