@@ -28,7 +28,7 @@ TITLES = {
 }
 _COLORS = {"lstm": plots.GREEN, "ln-lstm": plots.ORANGE, "hyperlstm": plots.BLUE, "ln-hyperlstm": plots.NAVY}
 _TIMED = 5  # batches
-_BITS = "bits per character, validation"
+_BITS = "bits per character, part of validation"
 
 
 @dataclass(frozen=True)
