@@ -67,6 +67,9 @@ def lru_step(access: LRUAccess, hidden: Array, memory: Array, usage: Array, weig
     raw = affine(access.heads, hidden)
     keys = [[math.tanh(raw[h * width + j]) for j in range(width)] for h in range(heads)]
     gates = [sigmoid(raw[heads * width + h]) for h in range(heads)]
+    # With ``separate`` there are vectors to write beside the keys.
+    rest = raw[heads * (width + 1) :]
+    written = [[math.tanh(rest[h * width + j]) for j in range(width)] for h in range(heads)] if len(rest) else keys
 
     order = sorted(range(slots), key=lambda i: (usage[i], i))
     least = [1.0 if i in order[:heads] else 0.0 for i in range(slots)]  # (21)
@@ -79,7 +82,7 @@ def lru_step(access: LRUAccess, hidden: Array, memory: Array, usage: Array, weig
     for h in range(heads):
         for i in range(slots):
             for j in range(width):
-                memory[i, j] += writes[h, i] * keys[h][j]  # (23)
+                memory[i, j] += writes[h, i] * written[h][j]  # (23)
 
     reads, weights = np.zeros((heads, width)), np.zeros((heads, slots))
     for h in range(heads):
@@ -144,8 +147,9 @@ def follow(access: LRUAccess | NTMAccess, step: Callable[..., tuple[Array, ...]]
 
 @pytest.mark.parametrize("reads", [1, 2, 3, SLOTS])
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-def test_lru_is_the_papers(reads: int, gamma: float) -> None:
-    follow(lru(reads=reads, gamma=gamma), lru_step)
+@pytest.mark.parametrize("separate", [False, True])
+def test_lru_is_the_papers(reads: int, gamma: float, separate: bool) -> None:
+    follow(lru(reads=reads, gamma=gamma, separate=separate), lru_step)
 
 
 @pytest.mark.parametrize("writes", [1, 3])

@@ -219,7 +219,7 @@ class _Study:
         features, labels, g = self._features, Labels(_WAYS), self._generator()
         known = torch.stack([learners.entries(features, drawn / 255) for drawn in self._turned])
         size = _SIZE + labels.size
-        mann = MANN(size, labels.size, access=LRUAccess(200, generator=g), generator=g)
+        mann = MANN(size, labels.size, access=LRUAccess(200, separate=True, generator=g), generator=g)
 
         def loss(_: int) -> Tensor:
             some = sequences(known, torch.arange(len(known)), tasks=16, ways=_WAYS, instances=6, generator=g)

@@ -24,6 +24,7 @@ from recollect.experiments.runner import Run, begin
 from recollect.meta import MANN, Labels, LRUAccess, LSTMBaseline, NTMAccess, by_instance, offset
 
 _SIDE, _INSTANCES, _HIDDEN = 20, 10, 200  # pixels, drawings of a character in an episode, units of a controller
+_FEWER = 192  # units of the controller beside heads that write vectors of their own: as many parameters as without
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Scale:
 
 
 _ONE_HOT, _STRINGS, _MORE = TASKS
-_TABLE1 = tuple((_ONE_HOT, model) for model in ("mann", "lstm"))
-_TABLE2 = tuple((_STRINGS, model) for model in ("mann", "lstm", "knn"))
-_ALL = tuple((task, model) for task in (_STRINGS, _MORE) for model in ("mann", "mann-ntm", "mann-ff", "lstm", "knn"))
+_TABLE1 = tuple((_ONE_HOT, model) for model in ("mann", "lstm", "mann-separate"))
+_TABLE2 = tuple((_STRINGS, model) for model in ("mann-separate", "lstm", "knn"))
+_MODELS = ("mann-separate", "mann", "mann-ntm", "mann-ff", "lstm", "knn")
+_ALL = tuple((task, model) for task in (_STRINGS, _MORE) for model in _MODELS)
 SCALES = {
     "mann-table1": {
         "smoke": Scale(20, _TABLE1, every=10, valid=10, test=20),
@@ -196,9 +198,14 @@ class _Study:
 
 def _network(model: str, labels: Labels, *, generator: torch.Generator) -> nn.Module:
     inputs = _SIDE**2 + labels.size
-    access = NTMAccess(_HIDDEN, generator=generator) if model == "mann-ntm" else LRUAccess(_HIDDEN, generator=generator)
+    separate = model == "mann-separate"
+    hidden = _FEWER if separate else _HIDDEN
+    if model == "mann-ntm":
+        access = NTMAccess(hidden, generator=generator)
+    else:
+        access = LRUAccess(hidden, separate=separate, generator=generator)
     controller = "feedforward" if model == "mann-ff" else "lstm"
-    mann = MANN(inputs, labels.size, access=access, controller=controller, hidden=_HIDDEN, generator=generator)
+    mann = MANN(inputs, labels.size, access=access, controller=controller, hidden=hidden, generator=generator)
     return LSTMBaseline.like(mann, generator=generator) if model == "lstm" else mann
 
 

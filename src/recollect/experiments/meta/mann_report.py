@@ -24,6 +24,7 @@ PAPER = {
 }
 TITLES = {
     "mann": "MANN (LSTM controller, LRUA)",
+    "mann-separate": "MANN (LSTM controller, LRUA that writes vectors of its own)",
     "mann-ff": "MANN (feedforward controller, LRUA)",
     "mann-ntm": "MANN (LSTM controller, NTM access)",
     "lstm": "LSTM",
@@ -32,6 +33,7 @@ TITLES = {
 }
 _COLORS = {
     "mann": plots.NAVY,
+    "mann-separate": plots.RED,
     "mann-ff": plots.CYAN,
     "mann-ntm": plots.BLUE,
     "lstm": plots.GREEN,
