@@ -219,9 +219,9 @@ def _report(record: Run, scale: Scale) -> str:
     curves = []
     for place, line in enumerate(scale.lines):
         rows = [row for row in record.rows if row["part"] == "learning" and row["line"] == asdict(line)]
-        x, y = ([row[name] for row in rows] for name in ("iterations", "accuracy"))
-        curve = plots.Curve(line.title, x, y, [0.0] * len(y), _COLORS[line.network], width=1.2 + 0.4 * place)
-        curves.append(curve)
+        x, y = [row["iterations"] / 1000 for row in rows], [row["accuracy"] for row in rows]
+        width = 1.2 + 0.4 * place  # the lines of the paper's scale share two colors
+        curves.append(plots.Curve(line.title, x, y, [0.0] * len(y), _COLORS[line.network], width=width))
     title = [("While learning: new characters", curves)]
-    plots.panels(title, record.folder / "figure.png", xlabel="iterations", ylabel="accuracy (%)")
+    plots.panels(title, record.folder / "figure.png", xlabel="thousands of iterations", ylabel="accuracy (%)")
     return table
