@@ -1,5 +1,6 @@
 """Eight learners of the same characters: each against its definition, and a run that is stopped."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from recollect.experiments.meta import few_shot
 from recollect.experiments.meta import few_shot_learners as learners
 from recollect.experiments.meta.few_shot import ALL, META_LSTM, SCALES, FewShot, MetaLstm, Scale, run
 from recollect.experiments.runner import Run
-from recollect.meta import MANN, Labels, LRUAccess, offset
+from recollect.meta import MAML, MANN, ContextHypernetwork, Labels, LRUAccess, offset
 
 _WAYS, _SHOTS = 3, 2
 
@@ -26,7 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Scale:
     """Random drawings of a few pixels, and a run of seconds."""
     use_random_drawings(monkeypatch, 17)
     monkeypatch.setattr(few_shot, "_SIDE", 17)  # as many features as of 28
-    scale = Scale(2, 2, 2, 2, 2, valid=1, test=2, timed=1, queries=1, every=1, steps=1)
+    scale = Scale(2, 2, 2, 2, 2, 2, valid=1, test=2, alone=2, timed=1, queries=1, every=1, steps=1)
     monkeypatch.setattr(few_shot, "SCALES", {"smoke": scale})
     return scale
 
@@ -124,6 +125,34 @@ def test_fine_tuning_starts_from_the_embedding(features: nn.Module, some: Episod
     assert all(torch.equal(before[name], value) for name, value in features.state_dict().items())
 
 
+def test_a_hypernetwork_reads_the_whole_support(features: nn.Module, some: Episodes) -> None:
+    g = torch.Generator().manual_seed(3)
+    hypernetwork = ContextHypernetwork(32, rate=4.0, generator=g)
+    with torch.no_grad():
+        hypernetwork.key.weight.normal_(generator=g)
+    found = learners.generated(features, hypernetwork, _WAYS)(some)
+    support, queries = learners.keys(features, some.support), learners.keys(features, some.queries)
+    head = learners.blank(32, _WAYS)
+    for task in range(2):
+        context = learners.remembered(support[task], some.support_labels[task]).read(queries[task], 6)
+        with torch.no_grad():
+            assert torch.equal(found[task], hypernetwork.adapted(head, queries[task], context).argmax(1))
+
+
+def test_a_query_alone_does_not_see_the_others() -> None:
+    g = torch.Generator().manual_seed(4)
+    labels = torch.arange(_WAYS).repeat(2, 1)
+    support, queries = torch.rand(2, 2, _WAYS, 1, 28, 28, generator=g)
+    some = Episodes(support, labels, queries, labels, labels)
+    learner = learners.after(MAML(learners.network(28, _WAYS, generator=g), rule=rules.sgd(0.4)), 1)
+    found = learners.alone(learner)(some)
+    for task, place in itertools.product(range(2), range(_WAYS)):
+        one = Episodes(*(part[[task]] for part in some))
+        one = one._replace(queries=one.queries[:, [place]], query_labels=one.query_labels[:, [place]])
+        assert found[task, place] == learner(one)[0, 0]
+    assert not torch.equal(found, learner(some)), "together they see each other"
+
+
 def test_a_run(tiny: Scale, tmp_path: Path) -> None:
     table = run(FewShot(out=tmp_path))
     assert table == (tmp_path / "table.md").read_text()
@@ -131,9 +160,10 @@ def test_a_run(tiny: Scale, tmp_path: Path) -> None:
     for part in ("test", "cost"):
         found = [(row["learner"], row["shots"]) for row in rows if row["part"] == part]
         assert found == [(name, shots) for name in ALL for shots in (1, 5)]
+    trained = ("hypernetwork", "mann", "maml", "meta-lstm", "meta-lstm-last")
     learning = [(row["learner"], row["iterations"]) for row in rows if row["part"] == "learning"]
-    assert learning == [(name, number) for name in ("mann", "maml", "meta-lstm", "meta-lstm-last") for number in (1, 2)]
-    assert all(row["milliseconds"] > 0 for row in rows if row["part"] == "cost")
+    assert learning == [(name, number) for name in trained for number in (1, 2)]
+    assert all(row["milliseconds"] > 0 and row["together"] > 0 for row in rows if row["part"] == "cost")
     assert "| MAML |" in table
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "results.jsonl").read_bytes()

@@ -1,8 +1,9 @@
-"""Which memory should I use? Omniglot, a few drawings of each of five new characters, learned in eight ways.
+"""Which memory should I use? Omniglot, a few drawings of each of five new characters, learned in nine ways.
 
 One embedding is trained once, by naming all characters of the training split. The nearest neighbor, the vote,
-prototypes, MbPA and fine-tuning stand on it as it is; MANN reads its features; MAML and the Meta-LSTM train it further,
-as their start. All answer the same queries; what it costs stands beside how often they are right.
+prototypes, MbPA, a context hypernetwork and fine-tuning stand on it as it is; MANN reads its features; MAML and the
+Meta-LSTM train it further, as their start. All answer the same queries; what it costs stands beside how often they are
+right.
 """
 
 import copy
@@ -30,12 +31,13 @@ from recollect.experiments.meta.few_shot_learners import Choice, Learner
 from recollect.experiments.meta.intervals import half_width
 from recollect.experiments.meta.training import Part, train
 from recollect.experiments.runner import Run, begin
-from recollect.meta import MAML, MANN, Labels, LRUAccess, MetaLSTM, offset
+from recollect.meta import MAML, MANN, ContextHypernetwork, Labels, LRUAccess, MetaLSTM, offset
 
 _SIDE, _WAYS, _SHOTS, _SIZE = 28, 5, (1, 5), 128  # pixels, classes of a task, drawings of each, features
 _TRAINING = ("inner", "steps", "rate", "rule_rate", "seed")  # settings that a training depends on
 META_LSTM = ("nearest", "fine-tuning", "meta-lstm")
-ALL = ("nearest", "vote", "prototypes", "mbpa", "mann", "fine-tuning", "maml", "meta-lstm")
+ALL = ("nearest", "vote", "prototypes", "mbpa", "hypernetwork", "mann", "fine-tuning", "maml", "meta-lstm")
+TOGETHER = ("fine-tuning", "maml", "meta-lstm")  # normalize by the statistics of all queries that are asked at once
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Scale:
     """Iterations of the Meta-LSTM of all layers: by turns 4 tasks of one drawing and of five."""
     meta_lstm_last: int
     """Iterations of the one of the last layer: by turns 32 tasks of one drawing and 8 of five."""
+    hypernetwork: int
+    """Iterations of the context hypernetwork: by turns 32 tasks of one drawing and 8 of five."""
     valid: int = 200
     """Validation tasks: settings are chosen on them."""
     test: int = 1000
     """Test tasks."""
+    alone: int = 200
+    """Test tasks whose queries are asked one at a time, too, where that makes a difference."""
     timed: int = 50
-    """Tasks that are timed, one by one, with one query each."""
+    """Tasks that are timed, one by one: with one query, and with all."""
     queries: int = 3
     """Of each class of a task."""
     every: int = 500
@@ -74,9 +80,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(3, 2, 2, 2, 2, valid=3, test=5, timed=2, every=2),
-    "small": Scale(6_000, 8_000, 6_000, 1_500, 6_000),
-    "paper": Scale(60_000, 100_000, 60_000, 75_000, 60_000),
+    "smoke": Scale(3, 2, 2, 2, 2, 2, valid=3, test=5, alone=2, timed=2, every=2),
+    "small": Scale(6_000, 8_000, 6_000, 1_500, 6_000, 3_000),
+    "paper": Scale(60_000, 100_000, 60_000, 75_000, 60_000, 30_000),
 }
 
 
@@ -115,7 +121,7 @@ def run(config: FewShot | MetaLstm) -> str:
     for (name, shots), row in tested.items():
         if record.find(part="cost", learner=name, shots=shots) is None:
             study.cost(name, shots, row["settings"])
-    return few_shot_report.report(record)
+    return few_shot_report.report(record, "meta-lstm" if isinstance(config, MetaLstm) else "few-shot")
 
 
 class _Study:
@@ -139,39 +145,46 @@ class _Study:
         right = self._right(best.learner, TEST, shots, self._scale.test)
         row = {"learner": name, "shots": shots, "settings": best.settings, "valid": valid}
         row |= {"accuracy": round(float(right.mean()), 2), "interval": round(float(half_width(right)), 2)}
+        if name in TOGETHER:
+            right = self._right(learners.alone(best.learner), TEST, shots, self._scale.alone)
+        row |= {"alone": round(float(right.mean()), 2), "alone_interval": round(float(half_width(right)), 2)}
         self._record.add(part="test", **row)
         return row
 
     def cost(self, name: str, shots: int, settings: dict[str, Any]) -> None:
-        """Adds the median time to learn a task and to answer one query of it, after a warm-up."""
+        """Adds the median time to learn a task and to answer one query, or all; in milliseconds for each query."""
         choice = next(choice for choice in self._choices(name, shots) if choice.settings == settings)
         some = self._draw(TEST, self._scale.timed, shots, generator=torch.Generator().manual_seed(0))
-        times = list[float]()
-        for task in range(-1, self._scale.timed):
-            one = Episodes(*(part[[task]] for part in some))
-            one = one._replace(queries=one.queries[:, :1], query_labels=one.query_labels[:, :1])
-            start = time.perf_counter()
-            choice.learner(one)
-            times.append(1000 * (time.perf_counter() - start))
-        self._record.add(part="cost", learner=name, shots=shots, milliseconds=round(median(times[1:]), 3))
+        found = list[float]()
+        for count in (1, some.queries.shape[1]):
+            times = list[float]()
+            for task in range(-1, self._scale.timed):  # the first is a warm-up
+                one = Episodes(*(part[[task]] for part in some))
+                one = one._replace(queries=one.queries[:, :count], query_labels=one.query_labels[:, :count])
+                start = time.perf_counter()
+                choice.learner(one)
+                times.append(1000 * (time.perf_counter() - start) / count)
+            found.append(round(median(times[1:]), 3))
+        self._record.add(part="cost", learner=name, shots=shots, milliseconds=found[0], together=found[1])
 
     def _choices(self, name: str, shots: int) -> list[Choice]:
-        if name == "maml":
-            return [Choice({"steps": steps}, learners.after(self._maml, steps)) for steps in (1, 3, 5, 10)]
-        if name == "meta-lstm":
-            steps = self._scale.steps
-            return [
+        """Returns a learner under each of its settings, trained if need be."""
+        steps = self._scale.steps
+        makers: dict[str, Callable[[], list[Choice]]] = {
+            "nearest": lambda: [Choice({}, learners.nearest(self._features))],
+            "vote": lambda: learners.vote(self._features, shots, _WAYS),
+            "prototypes": lambda: [Choice({}, learners.prototypes(self._features))],
+            "mbpa": lambda: learners.mbpa(self._features, shots, _WAYS),
+            "hypernetwork": lambda: [Choice({}, learners.generated(self._features, self._hypernetwork, _WAYS))],
+            "mann": lambda: [Choice({}, learners.read_on(self._features, self._mann, _WAYS))],
+            "fine-tuning": lambda: learners.fine_tuning(self._features, _SIZE, _WAYS),
+            "maml": lambda: [Choice({"steps": n}, learners.after(self._maml, n)) for n in (1, 3, 5, 10)],
+            "meta-lstm": lambda: [
                 Choice({"layers": layers, "steps": steps}, learners.after(maml, steps))
                 for layers, maml in self._meta_lstms.items()
-            ]
-        features = self._features
-        if name == "mann":
-            return [Choice({}, learners.read_on(features, self._mann, _WAYS))]
-        if name == "fine-tuning":
-            return learners.fine_tuning(features, _SIZE, _WAYS)
-        if name in {"vote", "mbpa"}:
-            return (learners.vote if name == "vote" else learners.mbpa)(features, shots, _WAYS)
-        return [Choice({}, (learners.nearest if name == "nearest" else learners.prototypes)(features))]
+            ],
+        }
+        return makers[name]()
 
     def _right(self, learner: Learner, split: int, shots: int, tasks: int) -> Float[Tensor, " t"]:
         """Returns the accuracy of each task of a split, in percent; the tasks are the same for all learners."""
@@ -215,9 +228,42 @@ class _Study:
         return net[:-1].eval()
 
     @cached_property
+    def _known(self) -> Float[Tensor, "c n d"]:
+        """The keys of all that is in ``_turned``."""
+        return torch.stack([learners.keys(self._features, drawn / 255) for drawn in self._turned])
+
+    @cached_property
+    def _hypernetwork(self) -> ContextHypernetwork:
+        known, g = self._known, self._generator()
+        hypernetwork = ContextHypernetwork(_SIZE, rate=10.0, generator=g)
+        head = learners.blank(_SIZE, _WAYS).requires_grad_(False)
+
+        def outputs(keys: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
+            context = learners.remembered(keys, labels).read(asked, len(keys))
+            return hypernetwork.adapted(head, asked, context)
+
+        def loss(number: int) -> Tensor:
+            turn = (number + 1) % 2
+            some = episodes(
+                known,
+                torch.arange(len(known)),
+                tasks=(32, 8)[turn],
+                ways=_WAYS,
+                shots=_SHOTS[turn],
+                queries=_SHOTS[turn],
+                generator=g,
+            )
+            tasks = zip(some.support, some.support_labels, some.queries, strict=True)
+            return cross_entropy(torch.cat([outputs(*task) for task in tasks]), some.query_labels.flatten())
+
+        learner = learners.generated(self._features, hypernetwork, _WAYS)
+        self._train("hypernetwork", hypernetwork, self._scale.hypernetwork, loss, generator=g, learner=learner)
+        return hypernetwork
+
+    @cached_property
     def _mann(self) -> MANN:
         features, labels, g = self._features, Labels(_WAYS), self._generator()
-        known = torch.stack([learners.entries(features, drawn / 255) for drawn in self._turned])
+        known = _SIZE**0.5 * self._known  # as ``entries`` has them
         size = _SIZE + labels.size
         mann = MANN(size, labels.size, access=LRUAccess(200, separate=True, generator=g), generator=g)
 

@@ -1,4 +1,4 @@
-"""Eight ways to learn a few characters from a few drawings, all with one small network of convolutions.
+"""Nine ways to learn a few characters from a few drawings, all with one small network of convolutions.
 
 A learner is a function from tasks to the labels that it gives their queries. Those that have settings come as one
 learner for each of these, to be chosen among on validation tasks.
@@ -17,7 +17,7 @@ from recollect.adaptation import LocalAdaptation, rules
 from recollect.data import Episodes
 from recollect.mbpa import MbPA
 from recollect.memory import EpisodicMemory
-from recollect.meta import MAML, MANN, Labels, offset
+from recollect.meta import MAML, MANN, ContextHypernetwork, Labels, offset
 from recollect.meta.coordinates import mapped
 from recollect.meta.initial import drawn
 from recollect.predictors import NonParametric
@@ -47,9 +47,9 @@ def network(side: int, outputs: int, *, generator: torch.Generator) -> nn.Sequen
     return nn.Sequential(*layers, nn.Flatten(), drawn(nn.Linear(size, outputs, device="meta"), size, generator))
 
 
-def blank(size: int, ways: int) -> nn.Module:
+def blank(size: int, ways: int) -> nn.Linear:
     """Returns a last layer that says nothing yet."""
-    head = nn.utils.skip_init(nn.Linear, size, ways)  # which draws nothing
+    head = nn.Linear(size, ways, device="meta").to_empty(device="cpu")  # which draws nothing
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
@@ -117,15 +117,29 @@ def mbpa(features: nn.Module, shots: int, ways: int) -> list[Choice]:
     return [choice(*settings) for settings in itertools.product(neighbors, (0.1, 1.0, 10.0), (1, 5, 20))]
 
 
+def generated(features: nn.Module, hypernetwork: ContextHypernetwork, ways: int) -> Learner:
+    """A last layer that a network generates for each query, from the support."""
+
+    def layer(memory: EpisodicMemory) -> nn.Module:
+        return MbPA(blank(memory.key_size, ways), memory, neighbors=memory.capacity, adaptation=hypernetwork)
+
+    return lambda some: _by_memory(features, layer, some)
+
+
+def remembered(keys: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> EpisodicMemory:
+    """Returns a memory of a task's support."""
+    memory = EpisodicMemory(capacity=len(keys), key_size=keys.shape[1])
+    memory.write(keys, labels)
+    return memory
+
+
 def _by_memory(features: nn.Module, layer: Callable[[EpisodicMemory], nn.Module], some: Episodes) -> Int[Tensor, "t q"]:
     """Returns what a layer on a memory of each task's support says of its queries."""
     support, queries = keys(features, some.support), keys(features, some.queries)
     found = list[Tensor]()
     for known, labels, asked in zip(support, some.support_labels, queries, strict=True):
-        memory = EpisodicMemory(capacity=len(known), key_size=known.shape[1])
-        memory.write(known, labels)
         with torch.no_grad():
-            found.append(layer(memory)(asked).argmax(-1))
+            found.append(layer(remembered(known, labels))(asked).argmax(-1))
     return torch.stack(found)
 
 
@@ -166,3 +180,17 @@ def read_on(features: nn.Module, mann: MANN, ways: int) -> Learner:
         return labels.predict(logits)[:, 0].unflatten(0, queries.shape[:2])
 
     return learner
+
+
+def alone(learner: Learner) -> Learner:
+    """A learner that is asked one query at a time, as a program is: it normalizes by the statistics of no other."""
+
+    def each(some: Episodes) -> Int[Tensor, "t q"]:
+        count = some.queries.shape[1]
+        support, labels, classes = (
+            part.repeat_interleave(count, 0) for part in (some.support, some.support_labels, some.classes)
+        )
+        queries, answers = (part.flatten(0, 1).unsqueeze(1) for part in (some.queries, some.query_labels))
+        return learner(Episodes(support, labels, queries, answers, classes)).view(-1, count)
+
+    return each
