@@ -130,7 +130,7 @@ def _measure(record: Run, scale: Scale, model: str, shots: int) -> None:
     parts, title = {"net": net, "optimizer": optimizer}, f"{model}, {shots} points"
     train(record.folder, title, parts, run=run_of, generator=g, steps=scale.iterations, step=step)
     rate = _best_rate(net, scale, shots)
-    errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(2)))
+    errors = _errors(net, rate, waves(scale.test, shots, None, generator=torch.Generator().manual_seed(3)))
     row = {"mse": _rounded(errors.mean(1)), "interval": _rounded(half_width(errors))}
     record.add(part="test", model=model, shots=shots, rate=rate, **row)
 
