@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from recollect.data import Dataset
 from recollect.experiments import dictionary
-from recollect.experiments.dictionary import Dictionary, Scale, Settings, run
-from recollect.experiments.runner import Run
+from recollect.experiments.dictionary import Data, Dictionary, Scale, Settings, run
+from recollect.experiments.runner import Progress, Run
 
 TINY = Scale(
     data="digits",
@@ -89,6 +90,34 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "results.jsonl").write_text("".join(kept.splitlines(keepends=True)[:-3]))
     assert run(Dictionary(out=tmp_path)) == table
     assert (tmp_path / "results.jsonl").read_text() == kept
+
+
+def _with_strange_test_labels() -> Data:
+    """Test examples with labels that nothing predicts: accuracy is 0 on them, and only on them."""
+    data = dictionary._data(TINY)
+    return data._replace(test=Dataset(data.test.inputs, torch.full_like(data.test.labels, 99)))
+
+
+def test_settings_are_chosen_on_validation_data(tmp_path: Path) -> None:
+    data, record, scale = _with_strange_test_labels(), Run(tmp_path, {}), replace(TINY, rates=(1e-3, 1e-2))
+    with Progress(1, "") as progress:
+        best = dictionary._choose(record, scale, data, "shuffled", "vote", progress)
+    wanted = {
+        settings: dictionary._accuracies(scale, data.train, data.valid, "shuffled", "vote", settings, 2)[-1]
+        for settings in dictionary._grid(scale, "vote")
+    }
+    assert [row["accuracy"] for row in record.rows] == list(wanted.values())
+    assert wanted[best] == max(wanted.values()) > 0
+
+
+def test_test_data_are_what_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dictionary, "_STREAMS", {"shuffled": "All classes, shuffled"})
+    monkeypatch.setattr(dictionary, "SCALES", {"smoke": replace(TINY, rows=(1e-2,))})
+    data = _with_strange_test_labels()
+    monkeypatch.setattr(dictionary, "_data", lambda scale: data)
+    run(Dictionary(out=tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["accuracy"] for row in rows if row["part"] == "test"] == [[0.0] * 5] * 6 * 2
 
 
 def test_the_interval_is_that_of_students_t(tmp_path: Path) -> None:

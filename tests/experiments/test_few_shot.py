@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_drawings import use_random_drawings
+from micro_drawings import split_of, use_marked_drawings, use_random_drawings
 from stopping import rows_of_a_stopped_run
 from torch import nn
 
@@ -15,6 +15,7 @@ from recollect import EpisodicMemory, LocalAdaptation, MbPA, NonParametric, rule
 from recollect.data import Episodes
 from recollect.experiments.meta import few_shot
 from recollect.experiments.meta import few_shot_learners as learners
+from recollect.experiments.meta.drawings import TEST, TRAIN, VALID
 from recollect.experiments.meta.few_shot import ALL, META_LSTM, SCALES, FewShot, MetaLstm, Scale, run
 from recollect.experiments.runner import Run
 from recollect.meta import MAML, MANN, ContextHypernetwork, Labels, LRUAccess, offset
@@ -182,6 +183,37 @@ def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) ->
     assert row["valid"] == round(max(valid), 2)
     best = choices[valid.index(max(valid))]
     assert row["accuracy"] == round(float(study._right(best.learner, 2, 5, 5).mean()), 2)
+
+
+def test_only_the_test_sees_its_characters(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, few_shot, "episodes", 17)
+    study = few_shot._Study(Run(tmp_path, {}), replace(tiny, every=2))
+    study.test("maml", 1)
+    learning = [TRAIN, TRAIN, VALID, VALID, "learning"]  # with one drawing and with five
+    assert log.splits == [*learning, *[VALID] * len(study._choices("maml", 1)), TEST, "test"]
+
+
+def test_turned_characters_are_for_training_alone(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, few_shot, "episodes", 17)
+    few_shot._Study(Run(tmp_path, {}), tiny).test("maml", 1)
+    assert set(log.turned) == {(TRAIN, True), (VALID, False), (TEST, False)}
+
+
+def test_the_embedding_and_mann_learn_from_training_characters(
+    tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_marked_drawings(monkeypatch, few_shot, "episodes", 17)
+    seen, real = [], learners.network
+
+    def network(side: int, outputs: int, *, generator: torch.Generator) -> nn.Sequential:
+        net = real(side, outputs, generator=generator)
+        net[0].register_forward_pre_hook(lambda _, inputs: seen.append(split_of(inputs[0])))
+        return net
+
+    monkeypatch.setattr(learners, "network", network)
+    study = few_shot._Study(Run(tmp_path, {}), replace(tiny, every=100))  # no look at validation tasks
+    assert isinstance(study._mann, MANN)
+    assert seen == [TRAIN] * (2 + 40), "two batches of the embedding, and 10 characters in four turns for MANN"
 
 
 def test_the_meta_lstm_alone_and_a_stop(tiny: Scale, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_drawings import use_random_drawings
+from micro_drawings import use_marked_drawings, use_random_drawings
 from stopping import rows_of_a_stopped_run
 from torch import nn
 
 from recollect.experiments.meta import maml_omniglot
+from recollect.experiments.meta.drawings import TEST, TRAIN, VALID
 from recollect.experiments.meta.maml_omniglot import PAPER, SCALES, Line, MamlOmniglot, Scale, network, run
 from recollect.experiments.runner import Run
 from recollect.meta import MAML
@@ -86,3 +87,17 @@ def test_the_accuracy_of_each_task(tiny: Scale, tmp_path: Path) -> None:
         outputs = maml(some.support[[task]], some.support_labels[[task]], some.queries[[task]], steps=2)[0]
         right = [int(row.argmax()) == int(label) for row, label in zip(outputs, some.query_labels[task], strict=True)]
         assert found[task] == pytest.approx(sum(right) / 10)
+
+
+def test_only_the_test_sees_its_characters(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, maml_omniglot, "episodes", 6)
+    study = maml_omniglot._Study(Run(tmp_path, {}), tiny)
+    study.measure(tiny.lines[0])
+    assert log.splits == [*[TRAIN, TRAIN, VALID, "learning"] * 2, TEST, "test"]
+
+
+def test_turned_characters_are_for_training_alone(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, maml_omniglot, "episodes", 6)
+    study = maml_omniglot._Study(Run(tmp_path, {}), tiny)
+    study.measure(tiny.lines[0])
+    assert set(log.turned) == {(TRAIN, True), (VALID, False), (TEST, False)}

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from recollect.experiments.meta import maml_sinusoid
-from recollect.experiments.meta.maml_sinusoid import MamlSinusoid, Scale, run, waves
+from recollect.experiments.meta.maml_sinusoid import MamlSinusoid, Scale, Waves, run, waves
+from recollect.experiments.runner import Run
 from recollect.models import mlp
 
 
@@ -65,6 +67,22 @@ def test_the_rate_with_the_least_error_is_chosen() -> None:
     net = mlp(1, 5, 1, generator=torch.Generator().manual_seed(0))
     scale = Scale(rates=(1e-6, 0.02, 1e9), valid=20)  # too small, right, divergent
     assert maml_sinusoid._best_rate(net, scale, 5) == 0.02
+
+
+def test_the_rate_is_not_chosen_on_the_waves_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, real = [], maml_sinusoid._errors
+
+    def errors(net: nn.Module, rate: float, some: Waves) -> torch.Tensor:
+        judged.append(some.answers)  # at the same places for all: equal for equal waves
+        return real(net, rate, some)
+
+    monkeypatch.setattr(maml_sinusoid, "_errors", errors)
+    scale = Scale(iterations=3, tasks=2, hidden=(5,), rates=(0.01, 0.02), valid=6, test=6)
+    maml_sinusoid._measure(Run(tmp_path, {}), scale, "pretrained", 5)
+    *chosen_on, test = judged
+    assert len(chosen_on) == 2
+    assert torch.equal(*chosen_on), "all rates are tried on the same waves"
+    assert torch.cdist(chosen_on[0].flatten(1), test.flatten(1)).min() > 0.1
 
 
 def test_a_run(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_drawings import use_random_drawings
+from micro_drawings import use_marked_drawings, use_random_drawings
 from stopping import rows_of_a_stopped_run
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recollect.errors import SettingError
 from recollect.experiments.meta import drawings, mann, mann_report
+from recollect.experiments.meta.drawings import TEST, TRAIN, VALID
 from recollect.experiments.meta.mann import Batch, MannTable1, MannTable2, Scale, nearest, run
 from recollect.experiments.runner import Run
 
@@ -94,6 +96,41 @@ def test_characters_of_the_test_are_in_no_training() -> None:
     parts = [set(part.tolist()) for part in drawings.drawings(4, seed=0).splits]
     assert [len(part) for part in parts] == [1100, 100, 423]
     assert len(set.union(*parts)) == 1623
+
+
+@pytest.mark.parametrize("model", ["mann", "knn"])
+def test_only_the_test_sees_its_characters(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, mann, "sequences", 4)
+    study = mann._Study(Run(tmp_path, {}), mann.SCALES["mann-table1"]["smoke"])
+    study.measure(mann._ONE_HOT, model)
+    learning = [TRAIN, TRAIN, VALID, "learning"] * 2 if model == "mann" else []
+    assert log.splits == [*learning, TEST, "test"]
+
+
+def test_turned_characters_are_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = use_marked_drawings(monkeypatch, mann, "sequences", 4)
+    study = mann._Study(Run(tmp_path, {}), mann.SCALES["mann-table1"]["smoke"])
+    study.measure(mann._ONE_HOT, "mann")
+    assert set(log.turned) == {(TRAIN, True), (VALID, False), (TEST, False)}
+
+
+def test_gradients_are_clipped_at_the_norm_of_the_settings(tmp_path: Path) -> None:
+    norms = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (group,) = optimizer.param_groups
+        norms.append(float(torch.cat([weights.grad.flatten() for weights in group["params"]]).norm()))
+
+    tiny = mann.SCALES["mann-table1"]["smoke"]
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        for clip in (0.01, 1e9):
+            study = mann._Study(Run(tmp_path / str(clip), {}), dataclasses.replace(tiny, batches=2, clip=clip))
+            study.measure(mann._ONE_HOT, "mann")
+    finally:
+        hook.remove()
+    assert norms[:2] == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(norms[2:]) > 0.1, "a gradient below the limit stays as it is"
 
 
 def test_the_numbers_of_the_paper() -> None:
