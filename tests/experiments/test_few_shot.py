@@ -190,7 +190,8 @@ def test_only_the_test_sees_its_characters(tiny: Scale, tmp_path: Path, monkeypa
     study = few_shot._Study(Run(tmp_path, {}), replace(tiny, every=2))
     study.test("maml", 1)
     learning = [TRAIN, TRAIN, VALID, VALID, "learning"]  # with one drawing and with five
-    assert log.splits == [*learning, *[VALID] * len(study._choices("maml", 1)), TEST, "test"]
+    # The test asks all queries of a task together, and then one at a time.
+    assert log.splits == [*learning, *[VALID] * len(study._choices("maml", 1)), TEST, TEST, "test"]
 
 
 def test_turned_characters_are_for_training_alone(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
