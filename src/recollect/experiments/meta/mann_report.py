@@ -24,7 +24,7 @@ PAPER = {
 }
 TITLES = {
     "mann": "MANN (LSTM controller, LRUA)",
-    "mann-separate": "MANN (LSTM controller, LRUA that writes vectors of its own)",
+    "mann-separate": "MANN (LSTM controller, LRUA, separate writes)",
     "mann-ff": "MANN (feedforward controller, LRUA)",
     "mann-ntm": "MANN (LSTM controller, NTM access)",
     "lstm": "LSTM",
