@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect import (
+    DurableMemory,
     EpisodicMemory,
     Gaussian,
     LocalAdaptation,
@@ -44,6 +45,7 @@ def make_episodic(folder: Path, capacity: int, key_size: int, **values) -> Memor
 # value_dtype; where they are left out, values are labels: shape (), dtype int64.
 MAKERS: dict[str, Callable[..., Memory]] = {
     "episodic": make_episodic,
+    "durable": DurableMemory,
 }
 
 
