@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,16 @@ def import_in_turns(folder: Path, first: int, acknowledge: Callable[[], None]) -
 CHILDREN = {"write": write, "save": write_and_save, "import": import_in_turns}
 
 
+class Life(NamedTuple):
+    """What became of a folder."""
+
+    folder: Path
+    reached: int = 0
+    """How many operations its memory has seen."""
+    saved: int = 0
+    """And at the last acknowledged save: kills in a row may come between operation and save."""
+
+
 def kill_one(mode: str, folder: Path, first: int, dice: random.Random) -> int:
     """Starts a child, kills it somewhere, and returns how often it has acknowledged."""
     read, wrote = os.pipe()
@@ -125,11 +136,13 @@ def kill_one(mode: str, folder: Path, first: int, dice: random.Random) -> int:
     return done
 
 
-def check(mode: str, folder: Path, done: int, versions: list[State]) -> int:
-    """Asserts what must hold after a kill, and returns how many operations the memory has seen."""
+def check(mode: str, life: Life, acknowledged: int, versions: list[State]) -> Life:
+    """Asserts what must hold after a kill."""
+    folder, done = life.folder, life.reached + acknowledged
+    saved = done if acknowledged else life.saved
     if not (folder / "memory/memory.sqlite").exists():
         assert done == 0
-        return 0
+        return life
     assert problems(folder / "memory") == []
     with DurableMemory(folder / "memory", CAPACITY, KEY) as memory:
         now = state_of(memory)
@@ -137,37 +150,42 @@ def check(mode: str, folder: Path, done: int, versions: list[State]) -> int:
     if mode == "import":
         last = versions[(done - 1) % VERSIONS] if done else state_of(EpisodicMemory(CAPACITY, KEY))
         assert same(now, last) or same(now, versions[done % VERSIONS])
-        return done
+        return Life(folder, done)
     seen = [count for count in (done, done + 1) if same(now, after(count))]
     assert seen, f"after {done} acknowledged operations the memory is another"
     if mode == "save":
-        try:
-            loaded = load(folder / "model")
-        except MissingDataError:
-            assert done == 0
-            return seen[0]
-        assert isinstance(loaded, MbPA)
-        assert isinstance(loaded.memory, EpisodicMemory)
-        assert predicts(loaded.memory)
-        assert any(same(state_of(loaded.memory), after(count)) for count in (done, done + 1))
-    return seen[0]
+        check_save(folder / "model", saved, seen[0])
+    return Life(folder, seen[0], saved)
+
+
+def check_save(folder: Path, saved: int, reached: int) -> None:
+    """Asserts that a saved model is whole, and one of those since the last acknowledged save."""
+    try:
+        loaded = load(folder)
+    except MissingDataError:
+        assert saved == 0
+        return
+    assert isinstance(loaded, MbPA)
+    assert isinstance(loaded.memory, EpisodicMemory)
+    assert predicts(loaded.memory)
+    assert any(same(state_of(loaded.memory), after(count)) for count in range(saved, reached + 1))
 
 
 def main(kills: int, seed: int) -> None:
     dice, counts = random.Random(seed), dict.fromkeys(MODES, 0)
     torch.set_num_threads(1)
+    versions = [after(count) for count in (31, 38, 25)]
     with tempfile.TemporaryDirectory() as root:
-        folders = {mode: Path(root) / f"0-{mode}" for mode in MODES}
-        reached, versions = dict.fromkeys(MODES, 0), [after(count) for count in (31, 38, 25)]
+        lives: dict[str, Life] = {}
         for number in range(kills):
             mode = MODES[number % len(MODES)]
             if number // len(MODES) % 5 == 0:  # a new folder now and then; else one that was left by a kill
-                folders[mode], reached[mode] = Path(root) / f"{number}-{mode}", 0
-                folders[mode].mkdir()
-                for each, state in enumerate(versions):
-                    export(state, folders[mode] / f"{each}.safetensors")
-            done = reached[mode] + kill_one(mode, folders[mode], reached[mode], dice)
-            reached[mode] = check(mode, folders[mode], done, versions)
+                lives[mode] = Life(Path(root) / f"{number}-{mode}")
+                lives[mode].folder.mkdir()
+                for each, state in enumerate(versions if mode == "import" else ()):
+                    export(state, lives[mode].folder / f"{each}.safetensors")
+            acknowledged = kill_one(mode, lives[mode].folder, lives[mode].reached, dice)
+            lives[mode] = check(mode, lives[mode], acknowledged, versions)
             counts[mode] += 1
     print(", ".join(f"{count} kills while it did {mode}" for mode, count in counts.items()) + ": nothing was lost")
 

@@ -31,6 +31,7 @@ _MAGIC = b"SQLite format 3\0"
 _APPLICATION = int.from_bytes(b"rcol")
 _VERSION = 1
 _PAGE = 16 * 2**10
+_CACHE = 16 * 2**20  # bytes of pages that a writer keeps: SQLite's 2 MiB hold no large batch
 _MAPPED = 2**31  # bytes of the file that are mapped for loading; SQLite maps no more
 _SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -140,6 +141,7 @@ class Database:
             )
             if write:
                 self._connection.execute(f"PRAGMA synchronous = {sync}")
+                self._connection.execute(f"PRAGMA cache_size = {-_CACHE // 1024}")
             self.settings = self._read_settings()
         self.layout = self.settings.layout
         self.per_block = min(self.layout.block, self.settings.slots)
