@@ -445,14 +445,15 @@ def test_a_closed_memory_reads_and_writes_no_more(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["memory.sqlite", "writer.lock"]
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_BLOCK", 16 * 2**10)  # some blocks of a write have room, and others have not
     memory, beside = DurableMemory(tmp_path, 4000, KEY), EpisodicMemory(4000, KEY)
     for each in (memory, beside):
         each.write(normal(900, KEY), labels(900))
         each.forget(torch.tensor([5, 6]))
     connection = memory._database._connection
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
-    connection.execute(f"PRAGMA max_page_count = {pages}")
+    connection.execute(f"PRAGMA max_page_count = {pages + 5}")
     for _ in range(2):
         with pytest.raises(StorageError, match=r"full, and nothing of it was stored. Make room on the disk"):
             memory.write(normal(4000, KEY), labels(4000))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 _ALIGNED = 16  # bytes: what the dtype of the longest numbers needs
 _HEADER = 16  # bytes: stamp and checksum
-_BLOCK = 128 * 2**10  # bytes that are read at once; smaller ones load slower, larger ones are slower to write into
+# Bytes that are read at once: smaller blocks load slower, larger ones are slower to write into. A part of the format.
+_BLOCK = 128 * 2**10
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd, its bits well mixed
 
 
