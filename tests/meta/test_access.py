@@ -382,7 +382,32 @@ def test_a_step_says_what_is_wrong(kind: type) -> None:
         access(torch.zeros(2, 10, HIDDEN), access.initial(2))
     with pytest.raises(ShapeError, match=r"of shape \(sequences, 5\), got \(2, 6\)"):
         access(torch.zeros(2, 6), access.initial(2))
-    with pytest.raises(ShapeError, match=r"memory of 2 sequences must have shape \(2, 7, 4\), got \(3, 7, 4\)"):
+    with pytest.raises(DtypeError, match=r"hidden must be torch.float32 as the weights are, got torch.float64"):
+        access(torch.zeros(2, HIDDEN).double(), access.initial(2))
+    with pytest.raises(ShapeError, match=r"state of 2 sequences must be an .*\[\(2, 7, 4\), .*got \[\(3, 7, 4\)"):
         access(torch.zeros(2, HIDDEN), access.initial(3))
     with pytest.raises(DtypeError, match="hidden must be a tensor, got list"):
         access([0.0] * HIDDEN, access.initial(1))
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("untyped")
+def test_each_part_of_a_state_is_checked(kind: type, part: int) -> None:
+    access = kind(HIDDEN, slots=SLOTS, width=WIDTH, reads=2)
+    more = kind(HIDDEN, slots=SLOTS + 1, width=WIDTH, reads=2).initial(2)
+    state, hidden = access.initial(2), torch.zeros(2, HIDDEN)
+    for wrong in (access.initial(1)[part], more[part]):
+        with pytest.raises(ShapeError, match="Is it that of another batch, or of another network"):
+            access(hidden, type(state)(*state[:part], wrong, *state[part + 1 :]))
+    with pytest.raises(DtypeError, match=r"the state must be torch\.float32 as the weights are, got torch\.float64"):
+        access(hidden, type(state)(*state[:part], state[part].double(), *state[part + 1 :]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_state(kind: type) -> None:
+    access = kind(HIDDEN, slots=SLOTS, width=WIDTH, reads=2)
+    for wrong, name in ((torch.zeros(2, 7, 4), "Tensor"), (None, "NoneType"), ((1, 2, 3), "tuple")):
+        with pytest.raises(ShapeError, match=rf"of tensors of the shapes .* got something else \({name}\)"):
+            access(torch.zeros(2, HIDDEN), wrong)

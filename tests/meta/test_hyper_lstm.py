@@ -314,6 +314,24 @@ def test_states_of_the_wrong_shape(untyped: None) -> None:
         cell(inputs()[:, 0], tuple(some_state())[:2])
 
 
+def test_dtypes_must_be_those_of_the_weights(untyped: None) -> None:
+    cell = made().float()
+    for call in (lambda: HyperLSTM(cell)(inputs()), lambda: cell(inputs()[:, 0])):
+        with pytest.raises(DtypeError, match=r"inputs must be torch\.float32 as the weights are, got torch\.float64"):
+            call()
+    with pytest.raises(DtypeError, match=r"the state must be torch\.float32 as the weights are, got torch\.float64"):
+        cell(inputs()[:, 0].float(), some_state())
+    with pytest.raises(ShapeError, match=r"must be a HyperLSTMState .* got something else \(Tensor\)"):
+        cell(inputs()[:, 0].float(), torch.zeros(4, B, H))
+
+
+def test_autocast_converts_dtypes() -> None:
+    layer = HyperLSTM(made().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = layer(inputs().bfloat16(), layer(inputs().float())[1])[0]
+    assert outputs.isfinite().all()
+
+
 def test_lists_are_no_inputs(untyped: None) -> None:
     with pytest.raises(DtypeError, match="inputs must be a tensor, got list"):
         HyperLSTM(made())([[[1.0, 2.0]]])

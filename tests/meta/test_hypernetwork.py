@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from recollect import load, save
-from recollect.errors import SettingError
+from recollect.errors import DtypeError, SettingError
 from recollect.meta.hypernetwork import Hypernetwork
 
 Untouched = Callable[[], AbstractContextManager[None]]
@@ -241,6 +241,36 @@ def test_networks_of_several_inputs() -> None:
     kernels, bias = model.kernels()["conv"], model.net.get_parameter("conv.bias")
     torch.testing.assert_close(left, nn.functional.conv2d(IMAGES, kernels, bias))
     torch.testing.assert_close(right, nn.functional.conv2d(2 * IMAGES, kernels, bias))
+
+
+class Named(nn.Module):
+    """Takes an input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+
+    def forward(self, image: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.conv(image) * scale
+
+
+def test_inputs_by_name() -> None:
+    model = randomize(Hypernetwork(Named(), layers=("conv",), embedding=2, basic=BASIC, generator=seeded()))
+    image = IMAGES.float()
+    expected = nn.functional.conv2d(image, model.kernels()["conv"], model.net.get_parameter("conv.bias"))
+    torch.testing.assert_close(model(image, scale=3.0), 3 * expected)
+    torch.testing.assert_close(model(image=image), expected)
+
+
+def test_inputs_of_another_dtype() -> None:
+    model = Hypernetwork(Named(), layers=("conv",), embedding=2, basic=BASIC, generator=seeded())
+    for call in (lambda: model(IMAGES), lambda: model(image=IMAGES)):
+        with pytest.raises(DtypeError, match=r"of torch\.float64, where the generated kernels are torch\.float32"):
+            call()
+    with pytest.raises(RuntimeError, match="channels"):  # its own, as it is about no dtype
+        model(IMAGES.float()[:, :2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(IMAGES.bfloat16()).isfinite().all()
 
 
 def refused(

@@ -352,6 +352,10 @@ def test_evolution_estimates_the_gradient() -> None:
         (lambda: LSTMOptimizer(sizes=()), r"sizes=\(\) leaves no LSTM"),
         (lambda: LSTMOptimizer(sizes=(20, 0)), "each of sizes"),
         (lambda: LSTMOptimizer(p=0.0), "p must be"),
+        (
+            lambda: LSTMOptimizer(p=100.0),
+            r"p must be at most 88.7, as e\^p is infinite in torch.float32 else, got 100.0",
+        ),
         (lambda: LSTMOptimizer(scale=-1.0), "scale"),
         (lambda: Backpropagation(steps=0), "steps"),
         (lambda: Backpropagation(truncation=0), "truncation"),
@@ -376,6 +380,28 @@ def test_evolution_estimates_the_gradient() -> None:
 def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()
+
+
+@pytest.mark.parametrize("wrong", [3, (3, 4), quadratics])
+def test_steps_need_a_problem(wrong: Any, untyped: None) -> None:
+    with pytest.raises(SettingError, match=r"problem must be a Problem\(objective, start\)"):
+        unrolled(made(), wrong, steps=2)
+    with pytest.raises(SettingError, match="rule must be a rule with init and update"):
+        unrolled(wrong, problem(), steps=2)
+
+
+@pytest.mark.parametrize("trainer", [Backpropagation(steps=4), EvolutionStrategy(steps=4, pairs=1)])
+def test_trainers_say_what_they_need(trainer: Any, untyped: None) -> None:
+    rule = made()
+    adam = torch.optim.Adam(rule.parameters())
+    with pytest.raises(SettingError, match=r"rule must be a rule with init and update.*got 'x'"):
+        trainer.step("x", problem(), optimizer=adam)
+    with pytest.raises(SettingError, match="problem must be"):
+        trainer.step(rule, 3, optimizer=adam)
+    with pytest.raises(SettingError, match=r"optimizer must be a torch\.optim\.Optimizer of the rule's parameters"):
+        trainer.step(rule, problem(), optimizer="adam")
+    with pytest.raises(SettingError, match="trainer must be Backpropagation"):
+        train(rule, lambda g: problem(), optimizer=adam, trainer=type(trainer), iterations=1)
 
 
 @pytest.mark.parametrize("trainer", [Backpropagation(steps=4), EvolutionStrategy(steps=4, pairs=1)])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, layer_norm, mse_loss
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, layer_norm, mse_loss, scaled_dot_product_attention
 
 from recollect import Categorical, Gaussian, rules
 from recollect.errors import (
@@ -48,6 +49,33 @@ class Sine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
+
+
+class Recurrent(nn.Module):
+    """Two steps of a cell."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.last = cell, nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.cell(x, self.cell(x)))
+
+
+class Attentive(nn.Module):
+    """Attention over the pixels, by its layer or by its function."""
+
+    def __init__(self, *, layer: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if layer else None
+        self.first, self.last = nn.Linear(1, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.unsqueeze(2))
+        if self.attention is None:
+            heads = y.unsqueeze(1)
+            return self.last(scaled_dot_product_attention(heads, heads, heads).mean((1, 2)))
+        return self.last(self.attention(y, y, y, need_weights=False)[0].mean(1))
 
 
 class Tied(nn.Module):
@@ -485,6 +513,24 @@ def test_settings_are_checked(untyped: None) -> None:
         MetaSGD(nn.Linear(2, 2), math.nan)
 
 
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (nn.Linear(5, 2), r"shape \(3, 5\) and torch.float32, but has those of shape \(2, 5\) and torch.float32"),
+        (nn.Linear(5, 3).double(), r"but has those of shape \(3, 5\) and torch.float64"),
+        (nn.Sequential(nn.Linear(5, 3)), "but has none. Make it of the same network"),
+    ],
+)
+def test_learned_rates_of_another_network_are_refused(other: nn.Module, got: str) -> None:
+    refused(SettingError, "MetaSGD needs rates for 'weight'.*" + got, net=nn.Linear(5, 3), rule=MetaSGD(other, 0.1))
+
+
+def test_learned_rates_of_more_than_adapts() -> None:
+    rule = MetaSGD(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), 0.1)
+    net = nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 3))
+    assert MAML(net, rule=rule, parameters=("1",)).rule is rule
+
+
 class Odd(nn.Module):
     """A linear layer, and something to be refused."""
 
@@ -525,6 +571,62 @@ def test_other_errors_of_the_network_are_its_own() -> None:
         MAML(Odd(then), rule=rules.sgd(0.4))(*episodes()[:3])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch runs them task by task, and says so
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.RNNCell])
+def test_cells_without_a_pair_of_states_can_run(cell: type) -> None:
+    case, net = episodes(), Recurrent(cell(INPUTS, 4)).double()
+    agree(MAML(net, rule=rules.sgd(0.4), steps=2), case, loop(net, case, descent, steps=2))
+
+
+def words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, 4, dtype=DOUBLE), nn.Flatten(), nn.Linear(4 * INPUTS, CLASSES, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "LayerNorm", "tied"])
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8])
+def test_whole_numbers_are_no_inputs_of_a_linear_layer(name: str, dtype: torch.dtype) -> None:
+    case = episodes()
+    for support, queries in ((case.support.to(dtype), case.queries), (case.support, case.queries.to(dtype))):
+        with pytest.raises(DtypeError, match=rf"the network takes inputs of torch\.float64, got {dtype}\. Use \.to"):
+            MAML(made(name), rule=rules.sgd(0.4))(support, case.targets, queries)
+
+
+def test_whole_numbers_are_the_inputs_of_an_embedding() -> None:
+    case, maml = episodes(), MAML(words(), rule=rules.sgd(0.4))
+    support, queries = (torch.randint(9, inputs.shape) for inputs in (case.support, case.queries))
+    assert maml(support, case.targets, queries).shape == (TASKS, ASKED, CLASSES)
+    with pytest.raises(DtypeError, match=r"the network takes inputs of torch\.int64, got torch\.float64"):
+        maml(case.support, case.targets, case.queries)
+    with pytest.raises(RuntimeError, match="size") as caught:  # one word too many is no matter of dtypes
+        maml(support.repeat(1, 1, 2), case.targets, queries.repeat(1, 1, 2))
+    assert not isinstance(caught.value, DtypeError)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("layer", [True, False], ids=["layer", "function"])
+def test_attention_without_a_second_derivative_says_what_to_do(layer: bool) -> None:
+    case, net = episodes(), Attentive(layer=layer).double()
+    refusal = pytest.raises(HeadError, match=r"no second derivative.*sdpa_kernel\(SDPBackend.MATH\), or take first")
+    with refusal:
+        MAML(net, rule=rules.sgd(0.4), steps=2)(*case[:3]).sum().backward()
+    with refusal:
+        MAML(net, rule=rules.sgd(0.4), steps=2).adapt(*case[:2])["last.weight"].sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("layer", [True, False], ids=["layer", "function"])
+def test_attention_is_refused_only_where_it_fails(layer: bool) -> None:
+    case, net = episodes(), Attentive(layer=layer).double()
+    exact = MAML(net, rule=rules.sgd(0.4))
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = exact(*case[:3])
+    outputs.sum().backward()
+    close(exact(*case[:3]), outputs)  # without a derivative nothing is missing
+    torch.autograd.grad(exact(*case[:3], steps=0).sum(), net.get_parameter("first.weight"))
+    MAML(net, rule=rules.sgd(0.4), first_order=True)(*case[:3]).sum().backward()
+    MAML(net, rule=rules.sgd(0.4), parameters=("last",))(*case[:3]).sum().backward()
+
+
 def test_arguments_are_checked(untyped: None) -> None:
     case = episodes()
     maml = MAML(made(), rule=rules.sgd(0.4))
@@ -542,6 +644,9 @@ def test_arguments_are_checked(untyped: None) -> None:
     wrong(DtypeError, r"support must be torch.float64.*got torch.float32", support=case.support.float())
     wrong(DtypeError, r"queries must be torch.float64.*got torch.float16", queries=case.queries.half())
     wrong(DtypeError, "queries must be a tensor, got list", queries=[[1.0]])
+    wrong(DtypeError, r"support must be torch.float64.*got torch.complex128", support=case.support.to(torch.complex128))
+    wrong(ShapeError, r"same shape as the support's, \(5,\), got \(4,\)", queries=case.queries[..., :4])
+    wrong(ShapeError, r"same shape as the support's, \(5,\), got \(5, 1\)", queries=case.queries.unsqueeze(-1))
     wrong(
         DtypeError, r"labels, which are whole numbers, got torch.float64.*Gaussian\(\)", targets=case.targets.double()
     )

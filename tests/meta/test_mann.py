@@ -1,6 +1,7 @@
 """The MANN against a loop over torch's own cells, its labels against spelling, its scores against counting."""
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.errors import DtypeError, LabelError, SettingError, ShapeError
+from recollect.errors import DtypeError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.meta.access import LRUAccess, NTMAccess
 from recollect.meta.labels import Labels, by_instance, instances, offset
 from recollect.meta.mann import MANN, LSTMBaseline
@@ -136,6 +137,8 @@ def test_works_without_gradients() -> None:
         (torch.zeros(2, 0, 4), ShapeError, r"at least one step, got \(2, 0, 4\)"),
         (torch.zeros(2, 5, 4).double(), DtypeError, r"inputs are torch.float64, the weights torch.float32"),
         ([[0.0] * 4], DtypeError, "inputs must be a tensor, got list"),
+        (torch.full((2, 5, 4), math.nan), NonFiniteError, "inputs hold NaN or infinite numbers"),
+        (torch.full((2, 5, 4), -math.inf), NonFiniteError, "inputs hold NaN or infinite numbers"),
     ],
 )
 @pytest.mark.usefixtures("untyped")
@@ -158,6 +161,29 @@ def test_wrong_inputs(kind: type, inputs: torch.Tensor, error: type[Exception], 
 def test_wrong_settings(settings: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         MANN(4, 3, **settings)
+
+
+@pytest.mark.parametrize("kind", [MANN, LSTMBaseline])
+@pytest.mark.usefixtures("untyped")
+def test_wrong_states(kind: type) -> None:
+    model, inputs = kind(4, 3), torch.zeros(2, 5, 4)
+    _, other = model(torch.zeros(3, 5, 4))
+    with pytest.raises(ShapeError, match=r"state of 2 sequences must be .*Is it that of another batch"):
+        model(inputs, other)
+    for wrong in (torch.zeros(2, 200), [torch.zeros(2, 200)], 3, "state"):
+        with pytest.raises(ShapeError, match=rf"must be a .* got something else \({type(wrong).__name__}\)"):
+            model(inputs, wrong)
+    _, wide = kind(4, 3).double()(inputs.double())
+    with pytest.raises(DtypeError, match=r"the state must be torch\.float32 as the weights are, got torch\.float64"):
+        model(inputs, wide)
+
+
+@pytest.mark.parametrize("kind", [LRUAccess, NTMAccess])
+def test_a_state_with_the_memory_of_another_batch(kind: type) -> None:
+    mann = small(kind=kind)
+    state = mann.initial(2)._replace(memory=mann.access.initial(3))
+    with pytest.raises(ShapeError, match=r"state of 2 sequences must be an .*of another network"):
+        mann(randn(2, 8, 4), state)
 
 
 STRINGS = Labels(3, letters=2)
@@ -209,6 +235,35 @@ def test_drawn_labels_differ_within_an_episode(rng_untouched: Untouched) -> None
     assert torch.equal(strings, again)
 
 
+def test_few_labels_are_drawn_as_ever() -> None:
+    labels = Labels(5, letters=5)
+    numbers = torch.rand(7, 3125, generator=generator())
+    assert torch.equal(labels.draw(7, 15, generator=generator()), numbers.topk(15).indices)
+
+
+@pytest.mark.parametrize("labels", [Labels(5, letters=12), Labels(2, letters=62)], ids=repr)
+def test_the_number_of_labels_is_no_matter(labels: Labels, rng_untouched: Untouched) -> None:
+    with rng_untouched():
+        drawn = labels.draw(1000, 5, generator=generator())
+    assert drawn.shape == (1000, 5)
+    assert all(len(set(row)) == 5 for row in drawn.tolist())
+    assert drawn.min() < labels.count // 100
+    assert drawn.max() > labels.count - labels.count // 100
+    assert torch.equal(drawn, labels.draw(1000, 5, generator=generator()))
+    assert labels.draw(2, 1).shape == (2, 1)
+
+
+def test_labels_drawn_twice_are_drawn_again() -> None:
+    labels = Labels(5000)
+    drawn = labels.draw(50, 2000, generator=generator())  # each episode draws hundreds twice
+    assert all(len(set(row)) == 2000 for row in drawn.tolist())
+    # Places and labels are alike: the mean of 50 draws at each place, and the count of each label.
+    assert (drawn.double().mean(0) - 2499.5).abs().max() < 5 * 5000 / 12**0.5 / 50**0.5
+    counts = drawn.flatten().bincount(minlength=5000).double()
+    assert counts.var().item() == pytest.approx(50 * 0.4 * 0.6, rel=0.1)
+    assert len(set(labels.draw(1, 4999, generator=generator())[0].tolist())) == 4999
+
+
 @pytest.mark.usefixtures("untyped")
 def test_wrong_labels() -> None:
     with pytest.raises(LabelError, match=r"from 0 to 8 \(2 letters of 3\), got 9"):
@@ -225,6 +280,10 @@ def test_wrong_labels() -> None:
         STRINGS.draw(1, 10)
     with pytest.raises(SettingError, match="alphabet must be a whole number above 0, got 0"):
         Labels(0)
+    with pytest.raises(SettingError, match=r"labels are int64, but 63 letters of 2 make 2\*\*63 or more. Use fewer"):
+        Labels(2, letters=63)
+    with pytest.raises(SettingError, match="labels are int64"):
+        Labels(5, letters=10**9)
 
 
 def test_labels_come_one_step_late() -> None:

@@ -266,7 +266,23 @@ def test_it_learns() -> None:
 # Errors
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"hidden": 0}, "hidden"), ({"p": 0.0}, "p must be")])
+def test_values_as_two_numbers_at_the_largest_p() -> None:
+    for dtype, p in ((torch.float32, 88.7), (torch.float64, 709.7)):
+        answer = log_and_sign(torch.tensor([0.0, 1.0, -2.0], dtype=dtype), p)
+        expected = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [math.log(2) / p, -1.0]], dtype=dtype)
+        torch.testing.assert_close(answer, expected)
+
+
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 100.0), (torch.float64, 710.0), (torch.float32, -1.0)])
+def test_an_infinite_scale_is_refused(dtype: torch.dtype, p: float) -> None:
+    with pytest.raises(SettingError, match=r"p must be (at most .* as e\^p is infinite|a finite number above 0)"):
+        log_and_sign(torch.zeros((), dtype=dtype), p)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"hidden": 0}, "hidden"), ({"p": 0.0}, "p must be"), ({"p": 100.0}, r"p must be at most 88\.7")],
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         MetaLSTM(**settings)

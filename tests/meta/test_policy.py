@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Parametric
-from recollect.errors import SettingError, ShapeError
+from recollect.errors import DtypeError, SettingError, ShapeError
 from recollect.meta.objectives import (
     Problem,
     logistic_regression,
@@ -281,6 +281,19 @@ def test_margin_of_victory() -> None:
 def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 6), (3,), (3, 5, 1)])
+def test_margins_need_as_many_losses(shape: tuple[int, ...], untyped: None) -> None:
+    with pytest.raises(ShapeError, match=r"same shape \(steps, problems\), got {'a': \(3, 5\), 'b': "):
+        margin_of_victory({"a": torch.ones(3, 5), "b": torch.ones(shape)})
+
+
+def test_margins_need_tensors_of_two_dimensions(untyped: None) -> None:
+    with pytest.raises(ShapeError, match=r"same shape \(steps, problems\)"):
+        margin_of_victory({"a": torch.ones(3), "b": torch.ones(3)})
+    with pytest.raises(DtypeError, match="the losses of 'b' must be a tensor, got list"):
+        margin_of_victory({"a": torch.ones(3, 5), "b": [1.0]})
 
 
 def test_another_number_of_parameters_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from recollect import rules
-from recollect.errors import DtypeError, SettingError, ShapeError
+from recollect.errors import DtypeError, NonFiniteError, SettingError, ShapeError
 from recollect.meta.learned_optimizer import LSTMOptimizer
 from recollect.meta.meta_lstm import MetaLSTM
 from recollect.meta.policy import Policy
@@ -212,4 +213,39 @@ def test_a_policy_needs_joint() -> None:
     loss = model(X).sum()
     loss.backward()
     with pytest.raises(ShapeError, match=r"moves 26 numbers.*are 12.*joint=True"):
+        optimizer.step(lambda: loss)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("make", RULES)
+def test_numbers_that_are_not_finite_change_nothing(make: Callable[[], rules.Rule], bad: float) -> None:
+    model: Any = net()
+    optimizer = RuleOptimizer(model.parameters(), make())
+    loss = model(X).square().sum()
+    loss.backward()
+    optimizer.step(lambda: loss)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(NonFiniteError, match="the loss is NaN or infinite"):
+        optimizer.step(lambda: loss * bad)
+    model[2].bias.grad[1] = bad
+    with pytest.raises(NonFiniteError, match=r"1 of 4 gradients, the first of shape \(2,\), are NaN or infinite"):
+        optimizer.step(lambda: loss)
+    for kept, now in ((before, model.state_dict()), (state, optimizer.state_dict())):
+        assert repr(kept) == repr(now)
+    assert all(torch.equal(kept, now) for kept, now in zip(before.values(), model.parameters(), strict=True))
+
+
+def test_large_empty_and_sparse_gradients_are_finite() -> None:
+    words = nn.Embedding(5, 3, sparse=True)
+    largest, empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0))
+    optimizer = RuleOptimizer([words.weight, largest, empty], rules.sgd(1.0))
+    before = words.weight.detach().clone()
+    loss = words(torch.tensor([1, 1, 3])).sum()
+    loss.backward()
+    largest.grad, empty.grad = torch.full((2,), torch.finfo(torch.float32).max), torch.ones(0)
+    optimizer.step(lambda: loss)
+    torch.testing.assert_close(before - words.weight.detach(), torch.tensor([0.0, 2, 0, 1, 0])[:, None].expand(5, 3))
+    assert largest.isfinite().all()
+    (words(torch.tensor([2])) * math.nan).sum().backward()
+    with pytest.raises(NonFiniteError, match="gradients, the first of shape"):
         optimizer.step(lambda: loss)

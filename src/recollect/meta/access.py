@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from recollect.errors import SettingError, ShapeError, require, require_number, require_tensor, require_whole
+from recollect.meta.checks import require_dtype, require_state
 from recollect.meta.initial import drawn
 
 # Keeps cosines of empty slots finite: 0. The default of torch.cosine_similarity.
@@ -142,8 +143,12 @@ class LRUAccess(nn.Module):
 
         Raises:
             ShapeError: If ``hidden`` is not of shape ``(sequences, inputs)``, or the state not of as many sequences.
+            DtypeError: If one of them is not of the dtype of the weights.
         """
-        _check(hidden, state.memory, inputs=self.inputs, slots=self.slots, width=self.width)
+        _check_hidden(hidden, self.inputs, self.heads.weight)
+        batch, slots = len(hidden), self.slots
+        shapes = [(batch, slots, self.width), (batch, slots), (batch, self.reads, slots)]
+        require_state(state, "an LRUState", shapes, batch, self.heads.weight)
         memory, usage, weights = state
         keys, gates, *own = self.heads(hidden).split(self._sizes, 1)
         keys, gates = keys.tanh().unflatten(1, (self.reads, self.width)), gates.sigmoid().unsqueeze(2)
@@ -247,8 +252,12 @@ class NTMAccess(nn.Module):
 
         Raises:
             ShapeError: If ``hidden`` is not of shape ``(sequences, inputs)``, or the state not of as many sequences.
+            DtypeError: If one of them is not of the dtype of the weights.
         """
-        _check(hidden, state.memory, inputs=self.inputs, slots=self.slots, width=self.width)
+        _check_hidden(hidden, self.inputs, self.reading.weight)
+        batch, slots = len(hidden), self.slots
+        shapes = [(batch, slots, self.width), (batch, self.reads, slots), (batch, self.writes, slots)]
+        require_state(state, "an NTMState", shapes, batch, self.reading.weight)
         memory, reading, writing = state
         writing = self._weights(self.writing(hidden).unflatten(1, (self.writes, -1)), memory, writing)
         erased, added = self.changes(hidden).unflatten(1, (self.writes, -1)).chunk(2, 2)
@@ -277,15 +286,11 @@ def _cosines(keys: Tensor, memory: Tensor) -> Tensor:
     return normalize(keys, dim=2, eps=SMALLEST) @ memory.mT / lengths.unsqueeze(1)
 
 
-def _check(hidden: Tensor, memory: Tensor, *, inputs: int, slots: int, width: int) -> None:
+def _check_hidden(hidden: Tensor, inputs: int, weight: Tensor) -> None:
     require_tensor("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] != inputs:
         raise ShapeError(
             f"hidden must be the controller's outputs at one step, of shape (sequences, {inputs}), got "
             f"{(*hidden.shape,)}."
         )
-    if memory.shape != (len(hidden), slots, width):
-        raise ShapeError(
-            f"the memory of {len(hidden)} sequences must have shape {(len(hidden), slots, width)}, got "
-            f"{(*memory.shape,)}. Is the state that of another batch, or of another access?"
-        )
+    require_dtype("hidden", hidden, weight)

@@ -1,12 +1,14 @@
 """``Batched``: a network as a function of its parameters, for many tasks side by side, each with its own."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from recollect.adaptation.shell import aliases, empty_shell, select
-from recollect.errors import HeadError, require
+from recollect.errors import DtypeError, HeadError, require
 
 _NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm, which may keep running statistics
 _RANDOM = (nn.modules.dropout._DropoutNd,)
@@ -61,6 +63,7 @@ class Batched:
         Raises:
             HeadError: If the forward pass cannot run for many tasks side by side, or returns something else than a row
                 of outputs for each input.
+            DtypeError: If it fails on inputs of this dtype and would not on others.
         """
         live = dict(self.net.named_parameters(remove_duplicate=False))
         buffers = dict(self.net.named_buffers(remove_duplicate=False))
@@ -72,6 +75,7 @@ class Batched:
             outputs = task(own, inputs.clone())  # a network may begin with a function in place
         except RuntimeError as error:
             if not str(error).startswith(_REFUSALS):
+                _blame_dtype(task, own, inputs, self.dtype(), error)
                 raise
             raise HeadError(
                 f"the network ({type(self.net).__name__}) cannot run for many tasks side by side: a part of it is "
@@ -99,6 +103,26 @@ class Batched:
     def dtype(self) -> torch.dtype:
         """Returns the dtype in which the network computes: its first parameter's."""
         return next(self.net.parameters()).dtype
+
+
+@torch.no_grad()
+def _blame_dtype(
+    task: Callable[..., object], own: dict[str, Tensor], inputs: Tensor, dtype: torch.dtype, error: RuntimeError
+) -> None:
+    """Refuses the dtype of inputs on which the network has failed if that is why: with another one it runs.
+
+    Whole numbers are right for a network that begins with ``nn.Embedding``, and wrong for one that begins with
+    ``nn.Linear``; only a try can tell what any network takes.
+    """
+    right = torch.long if inputs.is_floating_point() else dtype
+    try:
+        task(own, torch.zeros_like(inputs, dtype=right))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the fault is another one
+        return
+    raise DtypeError(
+        f"the network takes inputs of {right}, got {inputs.dtype}. Use .to({right}), after scaling or numbering them "
+        f"as it needs. ({error})"
+    ) from error
 
 
 def _check(net: nn.Module) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recollect.adaptation.rules import Params
-from recollect.errors import ShapeError
+from recollect.errors import SettingError, ShapeError, require_number
 
 State = tuple[Float[Tensor, "#n _"], Float[Tensor, "#n _"]]
 _BLOCK = 4096  # coordinates whose gates stay in a processor's cache: twice as fast as all at once
@@ -62,14 +62,30 @@ def log_and_sign(values: Float[Tensor, "*n"], p: float = 10.0) -> Float[Tensor, 
         values: Gradients, losses.
         p: Which numbers count as small: those up to ``e^-p`` (10 in both papers, 5 in the code of the first).
 
+    Raises:
+        SettingError: If ``p`` is not above 0, or ``e^p`` beyond the numbers of this dtype.
+
     Example:
         >>> log_and_sign(torch.tensor([-1.0, 0.0, math.exp(5)]))
         tensor([[ 0.0000, -1.0000],
                 [-1.0000,  0.0000],
                 [ 0.5000,  1.0000]])
     """
+    require_p(p, values.dtype)
     size = values.abs().clamp(min=math.exp(-p)).log() / p
     return torch.stack([size, (values * math.exp(p)).clamp(-1.0, 1.0)], -1)
+
+
+def require_p(p: float, dtype: torch.dtype) -> None:
+    """Refuses a ``p`` of ``log_and_sign`` that is not above 0, or whose ``e^p`` is infinite in this dtype.
+
+    Raises:
+        SettingError: If it is.
+    """
+    require_number("p", p, above=0.0)
+    largest = math.log(torch.finfo(dtype).max)
+    if p > largest:
+        raise SettingError(f"p must be at most {largest:.1f}, as e^p is infinite in {dtype} else, got {p}. Use p=10.")
 
 
 class LSTMStep(nn.Module):

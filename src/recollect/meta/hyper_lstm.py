@@ -9,6 +9,7 @@ from torch.nn.functional import layer_norm as normalized
 from torch.nn.functional import linear
 
 from recollect.errors import SettingError, ShapeError, require, require_number, require_tensor, require_whole
+from recollect.meta.checks import require_dtype, require_state
 
 _EPSILON = 1e-3  # hardmaru/supercell, "found this works best"
 _FORGET = 1  # the number of the forget gate; the gates are in torch's order: input, forget, cell, output
@@ -135,6 +136,7 @@ class HyperLSTMCell(nn.Module):
 
         Raises:
             ShapeError: If inputs or state do not fit the cell or each other.
+            DtypeError: If they are not of the dtype of the weights.
         """
         require_tensor("inputs", inputs)
         if inputs.dim() != 2 or inputs.shape[1] != self.input_size:
@@ -157,6 +159,7 @@ class HyperLSTMCell(nn.Module):
 
         Raises:
             ShapeError: If there are no steps, or inputs and state do not fit the cell or each other.
+            DtypeError: If they are not of the dtype of the weights.
         """
         require_tensor("inputs", inputs)
         if inputs.dim() != 3 or len(inputs) == 0 or inputs.shape[2] != self.input_size:
@@ -164,6 +167,7 @@ class HyperLSTMCell(nn.Module):
                 f"inputs must have shape (steps, batch, {self.input_size}) with at least one step, "
                 f"got {tuple(inputs.shape)}."
             )
+        require_dtype("inputs", inputs, self.weight_ih)
         state = self._started(state, inputs.shape[1])
         masks = self._masks(inputs.shape[:2], generator)
         states = []
@@ -195,14 +199,9 @@ class HyperLSTMCell(nn.Module):
     def _started(self, state: HyperLSTMState | None, batch: int) -> HyperLSTMState:
         if state is None:
             return self.initial(batch)
-        shapes = [tuple(part.shape) for part in state]
-        needed = [(batch, self.hidden_size)] * 2 + [(batch, self.hyper_size)] * 2
-        if shapes != needed:
-            raise ShapeError(
-                f"the state of {batch} sequences must be a HyperLSTMState of tensors of the shapes {needed}, got "
-                f"{shapes}. Is it that of another batch, or of another cell?"
-            )
-        return state
+        shapes = [(batch, self.hidden_size)] * 2 + [(batch, self.hyper_size)] * 2
+        require_state(state, "a HyperLSTMState", shapes, batch, self.weight_hh)
+        return HyperLSTMState(*state)
 
 
 class HyperLSTM(nn.Module):
@@ -243,6 +242,7 @@ class HyperLSTM(nn.Module):
 
         Raises:
             ShapeError: If there are no steps, or inputs and state do not fit the cell or each other.
+            DtypeError: If they are not of the dtype of the weights.
         """
         require_tensor("inputs", inputs)
         if inputs.dim() != 3:

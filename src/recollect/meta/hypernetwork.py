@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recollect.errors import SettingError, require, require_whole
+from recollect.errors import DtypeError, SettingError, require, require_whole
 
 
 class _Place(NamedTuple):
@@ -103,9 +103,27 @@ class Hypernetwork(nn.Module):
         """Returns the generated kernels by the names of their layers, in the layout of ``nn.Conv2d.weight``."""
         return {name.removesuffix("weight").rstrip("."): kernel for name, kernel in self._weights().items()}
 
-    def forward(self, *inputs: Any) -> Any:
-        """Returns what the network makes of its inputs with the generated kernels."""
-        return functional_call(self.net, self._weights(), inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Returns what the network makes of its inputs with the generated kernels.
+
+        Args:
+            inputs: What the network takes.
+            named: What it takes by name.
+
+        Raises:
+            DtypeError: If the network fails, and an input is of another floating dtype than the kernels.
+        """
+        try:
+            return functional_call(self.net, self._weights(), inputs, named)
+        except RuntimeError as error:
+            dtype = self.embeddings.dtype
+            for value in (*inputs, *named.values()):
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
+                    raise DtypeError(
+                        f"the network failed on an input of {value.dtype}, where the generated kernels are {dtype}. "
+                        f"Use .to({dtype}) on it. ({error})"
+                    ) from error
+            raise
 
     def _weights(self) -> dict[str, Tensor]:
         inputs, outputs = self._basic

@@ -1,5 +1,6 @@
 """Labels that are shown one step late: their codes, their likelihood, and how good the k-th guess at a class is."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from recollect.errors import DtypeError, LabelError, SettingError, ShapeError, require_tensor, require_whole
+
+_FEW = 4096  # up to so many labels are drawn by a number for each, of which the largest are taken
+_MOST = 2**63 - 1  # the largest label of int64
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Labels:
         letters: The letters of a label.
 
     Raises:
-        SettingError: If a number is not a positive whole number.
+        SettingError: If a number is not a positive whole number, or a label could be beyond int64.
 
     Example:
         >>> labels = Labels(5, letters=2)
@@ -41,6 +45,11 @@ class Labels:
     def __post_init__(self) -> None:
         require_whole("alphabet", self.alphabet)
         require_whole("letters", self.letters)
+        # The logarithm first: the power of a far too large number of letters takes long.
+        if self.letters * math.log2(self.alphabet) > 64 or self.count > _MOST:
+            raise SettingError(
+                f"labels are int64, but {self.letters} letters of {self.alphabet} make 2**63 or more. Use fewer."
+            )
 
     @property
     def count(self) -> int:
@@ -70,7 +79,18 @@ class Labels:
                 f"{classes} classes need as many labels, but {self.letters} letters of {self.alphabet} make only "
                 f"{self.count}. Use fewer classes or more letters."
             )
-        return torch.rand(episodes, self.count, generator=generator).topk(classes).indices
+        if self.count <= max(_FEW, 2 * classes):
+            return torch.rand(episodes, self.count, generator=generator).topk(classes).indices
+        # Of so many labels few are drawn twice: draw those again. No label is preferred, so all draws are as likely.
+        labels = torch.randint(self.count, (episodes, classes), generator=generator)
+        while True:
+            ordered, places = labels.sort(dim=1, stable=True)
+            twice = torch.zeros_like(labels, dtype=torch.bool)
+            twice.scatter_(1, places[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+            again = int(twice.sum())
+            if again == 0:
+                return labels
+            labels[twice] = torch.randint(self.count, (again,), generator=generator)
 
     def encode(self, labels: Int[Tensor, "*n"]) -> Float[Tensor, "*n s"]:
         """Returns the codes of labels: a one-hot code for each letter, one after the other.

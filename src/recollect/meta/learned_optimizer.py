@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recollect.adaptation.rules import Params
 from recollect.errors import SettingError, require_number, require_whole
-from recollect.meta.coordinates import LSTMStep, State, flatten, log_and_sign, unflatten
+from recollect.meta.coordinates import LSTMStep, State, flatten, log_and_sign, require_p, unflatten
 from recollect.meta.initial import drawn
 
 
@@ -31,7 +31,8 @@ class LSTMOptimizer(nn.Module):
             ``nn.Linear``; torch's global random state does when None.
 
     Raises:
-        SettingError: If there are no sizes, or a size is no whole number above 0, or ``p`` or ``scale`` not above 0.
+        SettingError: If there are no sizes, or a size is no whole number above 0, or ``p`` or ``scale`` not above 0,
+            or ``p`` beyond 88 (see ``log_and_sign``).
 
     Example:
         >>> rule = LSTMOptimizer(generator=torch.Generator().manual_seed(0))
@@ -55,7 +56,7 @@ class LSTMOptimizer(nn.Module):
         for size in sizes:
             require_whole("each of sizes", size)
         if p is not None:
-            require_number("p", p, above=0.0)
+            require_p(p, torch.get_default_dtype())
         require_number("scale", scale, above=0.0)
         self.sizes = sizes
         self.p = p

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from recollect.adaptation.rules import Params, Rule
 from recollect.adaptation.workspace import workspace
 from recollect.errors import (
     DtypeError,
+    HeadError,
     LabelError,
     NonFiniteError,
     SettingError,
@@ -66,7 +68,7 @@ class MAML(nn.Module):
     Raises:
         HeadError: If the network has no parameters, or not those named, or a part that cannot run for many tasks side
             by side.
-        SettingError: If a setting is outside its range.
+        SettingError: If a setting is outside its range, or a ``MetaSGD`` is that of another network.
 
     Example:
         >>> from recollect import rules
@@ -108,6 +110,9 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.likelihood = likelihood
         self._names = self._batched.select(parameters)
+        self._explained = False
+        if isinstance(rule, MetaSGD):
+            rule.check({name: net.get_parameter(name) for name in self._names})
 
     def forward(
         self,
@@ -128,17 +133,24 @@ class MAML(nn.Module):
             steps: The number of steps, where it is to be another one than in training.
 
         Raises:
-            ShapeError: If the three disagree in the number of tasks or examples, or one is empty.
+            ShapeError: If the three disagree in the number of tasks or examples or the shape of an input, or one is
+                empty.
             DtypeError: If inputs or targets are not of the dtype that the network or the likelihood needs.
             LabelError: If a label does not name one of the network's outputs.
             NonFiniteError: If NaN or infinite numbers turn up, by the task and the step.
-            HeadError: If the network cannot run for many tasks side by side.
+            HeadError: If the network cannot run for many tasks side by side. From ``backward``: if a part of it, such
+                as attention, has no second derivative.
         """
         self._check(support, targets, steps)
         self._check_inputs("queries", queries)
         if len(queries) != len(support):
             raise ShapeError(
                 f"queries must be of the same tasks as the support, of {len(support)}, got those of {len(queries)}."
+            )
+        if queries.shape[2:] != support.shape[2:]:
+            raise ShapeError(
+                f"queries must be inputs of the same shape as the support's, {tuple(support.shape[2:])}, got "
+                f"{tuple(queries.shape[2:])}."
             )
         if torch.is_inference_mode_enabled():  # in which there are no gradients
             with torch.inference_mode(False), torch.no_grad():
@@ -150,6 +162,7 @@ class MAML(nn.Module):
             losses.append(trace)
         outputs = torch.cat(outputs)
         _check_finite(torch.cat(losses, 1), outputs)
+        self._explain([outputs])
         return outputs
 
     def adapt(
@@ -167,7 +180,14 @@ class MAML(nn.Module):
         params = {name: torch.cat([part[name] for part, _ in parts]) for name in self._names}
         flat = torch.cat([p.detach().flatten(1) for p in params.values()], 1)
         _check_finite(torch.cat([trace for _, trace in parts], 1), flat)
+        self._explain(list(params.values()))
         return params
+
+    def _explain(self, results: list[Tensor]) -> None:
+        # The first graph tells: a walk over each would take a tenth of a small network's time.
+        if not (self.first_order or self._explained) and results[0].requires_grad:
+            self._explained = True
+            _explain_missing(results)
 
     def _chunks(self, support: Tensor, queries: Tensor) -> Iterator[slice]:
         largest = max(inputs[0].numel() * inputs.element_size() for inputs in (support, queries))
@@ -224,7 +244,7 @@ class MAML(nn.Module):
                 "For a single task use unsqueeze(0)."
             )
         dtype = self._batched.dtype()
-        if inputs.is_floating_point() and inputs.dtype != dtype:
+        if (inputs.is_floating_point() or inputs.is_complex()) and inputs.dtype != dtype:
             raise DtypeError(f"{name} must be {dtype} as the network's parameters are, got {inputs.dtype}.")
 
     def _check_targets(self, targets: Tensor, outputs: Float[Tensor, "t n c"]) -> None:
@@ -288,6 +308,22 @@ class MetaSGD(nn.Module):
                 part = part.get_submodule(step)
             part.register_parameter(last, nn.Parameter(torch.full_like(parameter, rate, requires_grad=True)))
 
+    def check(self, params: Params) -> None:
+        """Refuses parameters for which it has no rates.
+
+        Raises:
+            SettingError: If a parameter has none of its name, shape and dtype.
+        """
+        rates = dict(self.rates.named_parameters())
+        for name, parameter in params.items():
+            rate = rates.get(name)
+            if rate is None or rate.shape != parameter.shape or rate.dtype != parameter.dtype:
+                got = "none" if rate is None else f"those of shape {tuple(rate.shape)} and {rate.dtype}"
+                raise SettingError(
+                    f"MetaSGD needs rates for {name!r}, of shape {tuple(parameter.shape)} and {parameter.dtype}, but "
+                    f"has {got}. Make it of the same network: MAML(net, rule=MetaSGD(net, 0.1))."
+                )
+
     def init(self, params: Params) -> Params:
         """Returns the state before the first step: none."""
         return {}
@@ -296,6 +332,30 @@ class MetaSGD(nn.Module):
         """Returns ``-rate * g``."""
         rates = dict(self.rates.named_parameters())
         return {name: -rates[name] * g for name, g in grads.items()}, state
+
+
+def _explain_missing(results: list[Tensor]) -> None:
+    """Lets ``backward`` say what to do where it comes to an operation without a second derivative.
+
+    Only there is it known that the derivative is wanted.
+    """
+    seen, nodes = set[Node](), [result.grad_fn for result in results]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("NotImplemented"):
+            node.register_prehook(_refuse_second)
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+
+
+def _refuse_second(grads: tuple[Tensor, ...]) -> None:
+    raise HeadError(
+        "a part of the network has no second derivative, which training through the steps needs; PyTorch's fused "
+        "attention (nn.MultiheadAttention, scaled_dot_product_attention) is one. Call MAML under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or take first_order=True."
+    )
 
 
 def _check_finite(losses: Float[Tensor, "s t"], results: Float[Tensor, "t *r"]) -> None:

@@ -8,8 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from recollect.errors import DtypeError, SettingError, ShapeError, require_choice, require_tensor, require_whole
+from recollect.errors import (
+    DtypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require_choice,
+    require_tensor,
+    require_whole,
+)
 from recollect.meta.access import Access, LRUAccess
+from recollect.meta.checks import require_state
 from recollect.meta.initial import drawn
 
 
@@ -108,11 +117,18 @@ class MANN(nn.Module):
             state: As returned for the steps before; the beginning of the episodes when None.
 
         Raises:
-            ShapeError: If the inputs are not of shape ``(episodes, steps, inputs)``, with at least one step.
+            ShapeError: If the inputs are not of shape ``(episodes, steps, inputs)``, with at least one step, or the
+                state is none, or that of another batch.
             DtypeError: If they are not of the dtype of the weights.
+            NonFiniteError: If the inputs hold NaN or infinite numbers.
         """
         _check(inputs, self.inputs, self.output.weight.dtype)
-        hidden, cell, reads, memory = self.initial(len(inputs)) if state is None else state
+        batch, weight = len(inputs), self.output.weight
+        if state is not None:  # what is in its memory, the access checks
+            shapes = [(batch, self.hidden)] * 2 + [(batch, weight.shape[1] - self.hidden)]
+            own = state[:3] if isinstance(state, tuple) and len(state) == 4 else state
+            require_state(own, "a MANNState", shapes, batch, weight)
+        hidden, cell, reads, memory = self.initial(batch) if state is None else state
         # What the inputs add is one product over all steps; only what goes round is left for the loop.
         if isinstance(self.controller, nn.LSTMCell):
             entering, back = self.controller.weight_ih.split([self.inputs, reads.shape[1]], 1)
@@ -196,9 +212,12 @@ class LSTMBaseline(nn.Module):
             state: As returned for the steps before; the beginning of the episodes when None.
 
         Raises:
-            ShapeError, DtypeError: As ``MANN``'s.
+            ShapeError, DtypeError, NonFiniteError: As ``MANN``'s.
         """
         _check(inputs, self.inputs, self.output.weight.dtype)
+        if state is not None:
+            shapes = [(1, len(inputs), self.hidden)] * 2
+            require_state(state, "a pair (hidden, cell)", shapes, len(inputs), self.output.weight)
         hidden, after = self.lstm(inputs, state)
         return self.output(hidden), after
 
@@ -226,3 +245,8 @@ def _check(inputs: Tensor, size: int, dtype: torch.dtype) -> None:
         )
     if inputs.dtype != dtype:
         raise DtypeError(f"inputs are {inputs.dtype}, the weights {dtype}. Use .to({dtype}).")
+    if not bool(inputs.isfinite().all()):
+        raise NonFiniteError(
+            "inputs hold NaN or infinite numbers, which would spread to all later steps. Clean or drop those episodes "
+            "(inputs.isfinite().flatten(1).all(1) tells which are good)."
+        )

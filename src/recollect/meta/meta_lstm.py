@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recollect.adaptation.rules import Params
-from recollect.errors import require_number, require_whole
-from recollect.meta.coordinates import LSTMStep, State, flatten, log_and_sign, unflatten
+from recollect.errors import require_whole
+from recollect.meta.coordinates import LSTMStep, State, flatten, log_and_sign, require_p, unflatten
 
 _BOUND = 0.01  # of all initial weights (the authors' code)
 
@@ -41,7 +41,8 @@ class MetaLSTM(nn.Module):
             when None.
 
     Raises:
-        SettingError: If ``hidden`` is no whole number above 0, or ``p`` not above 0.
+        SettingError: If ``hidden`` is no whole number above 0, or ``p`` not above 0 or beyond 88
+            (see ``log_and_sign``).
 
     Example:
         >>> rule = MetaLSTM(generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,7 @@ class MetaLSTM(nn.Module):
     def __init__(self, *, hidden: int = 20, p: float = 10.0, generator: torch.Generator | None = None) -> None:
         super().__init__()
         require_whole("hidden", hidden)
-        require_number("p", p, above=0.0)
+        require_p(p, torch.get_default_dtype())
         self.hidden = hidden
         self.p = p
         self.lstm = LSTMStep(4, hidden, bound=_BOUND, generator=generator)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from recollect.adaptation.rules import Params
-from recollect.errors import SettingError, require_whole
+from recollect.errors import SettingError, ShapeError, require_tensor, require_whole
 
 _DECAY = 5e-4  # lambda of Li and Malik (2017)
 
@@ -160,6 +160,7 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
 
     Raises:
         SettingError: If there are fewer than two optimizers.
+        ShapeError: If their losses are not of as many steps and problems.
 
     Example:
         >>> margin_of_victory({"ours": torch.tensor([[3.0], [1.0]]), "theirs": torch.tensor([[3.0], [2.0]])})
@@ -167,6 +168,14 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
     """
     if len(losses) < 2:
         raise SettingError(f"a margin of victory needs at least two optimizers, got {list(losses)}.")
+    for name, loss in losses.items():
+        require_tensor(f"the losses of {name!r}", loss)
+    shapes = {name: tuple(loss.shape) for name, loss in losses.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ShapeError(
+            f"all losses must be of the same shape (steps, problems), got {shapes}. Let each optimizer take as many "
+            "steps on the same problems."
+        )
     others = {name: torch.stack([loss for rival, loss in losses.items() if rival != name]) for name in losses}
     return {name: (others[name].amin(0) - own).mean(1) for name, own in losses.items()}
 

@@ -1,14 +1,16 @@
 """``RuleOptimizer``: any rule as a ``torch.optim.Optimizer``."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from recollect.adaptation.rules import Rule
-from recollect.errors import SettingError, ShapeError, require, require_tensor
+from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_tensor
 from recollect.meta.coordinates import mapped
 
 
@@ -75,6 +77,7 @@ class RuleOptimizer(Optimizer):
         Raises:
             SettingError: If there is no closure, or with ``joint`` a parameter has no gradient.
             ShapeError: If the loss is not one number.
+            NonFiniteError: If the loss or a gradient is NaN or infinite. Nothing has changed then.
         """
         if closure is None:
             raise SettingError("a rule may read the loss: call step(closure), or step(lambda: loss) after backward.")
@@ -83,7 +86,9 @@ class RuleOptimizer(Optimizer):
         require_tensor("the loss that the closure returns", loss)
         if loss.numel() != 1:
             raise ShapeError(f"the closure must return one loss, got shape {tuple(loss.shape)}. Take the mean.")
-        for params in self._units():
+        units = self._units()
+        _check_finite(loss, [p for params in units for p in params])
+        for params in units:
             named = {str(place): p.detach() for place, p in enumerate(params)}
             grads = {name: p.grad for name, p in zip(named, params, strict=True) if p.grad is not None}
             state = self.state[params[0]]["rule"] if params[0] in self.state else self.rule.init(named)
@@ -120,3 +125,17 @@ class RuleOptimizer(Optimizer):
             if number in state_dict["state"]:
                 saved = state_dict["state"][number]["rule"]
                 self.state[p]["rule"] = mapped(lambda tensor, p=p: tensor.to(p.device, copy=True), saved)
+
+
+def _check_finite(loss: Tensor, params: list[Tensor]) -> None:
+    """Refuses a loss or gradients that are NaN or infinite, by one norm of all."""
+    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+    largest = get_total_norm([grad for grad in grads if grad.numel()], math.inf)
+    if bool(loss.isfinite().all() & largest.isfinite()):
+        return
+    bad = [tuple(p.shape) for p, grad in zip(params, grads, strict=True) if not grad.isfinite().all()]
+    what = f"{len(bad)} of {len(params)} gradients, the first of shape {bad[0]}, are" if bad else "the loss is"
+    raise NonFiniteError(
+        f"{what} NaN or infinite, and a step would carry that into the parameters. Look for the cause in data and "
+        "loss; skip this step, or take smaller ones."
+    )

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recollect.adaptation.rules import Params, Rule
-from recollect.errors import NonFiniteError, SettingError, require_number, require_whole
+from recollect.errors import NonFiniteError, SettingError, require, require_number, require_whole
 from recollect.meta.coordinates import mapped
 from recollect.meta.objectives import Problem
+
+_OPTIMIZER = "a torch.optim.Optimizer of the rule's parameters, such as torch.optim.Adam(rule.parameters())"
 
 
 class Trajectory(NamedTuple):
@@ -46,7 +48,7 @@ def unrolled(rule: Rule, problem: Problem, *, steps: int, state: Any = None, fir
             2016, Ravi and Larochelle 2017), so that no second derivatives of the problem are needed.
 
     Raises:
-        SettingError: If ``steps`` is no whole number of at least 0.
+        SettingError: If ``steps`` is no whole number of at least 0, or ``rule`` or ``problem`` something else.
 
     Example:
         >>> from recollect import rules
@@ -57,6 +59,7 @@ def unrolled(rule: Rule, problem: Problem, *, steps: int, state: Any = None, fir
         (torch.Size([21, 8]), True)
     """
     require_whole("steps", steps, low=0)
+    _check_task(rule, problem)
     objective, params = problem
     state = rule.init(params) if state is None else state
     tracked, losses = torch.is_grad_enabled(), list[Tensor]()
@@ -142,8 +145,11 @@ class Backpropagation:
             generator: Not needed: nothing is random here.
 
         Raises:
+            SettingError: If an argument is something else.
             NonFiniteError: If the meta-loss is not finite. The parameters stay as they were before that part.
         """
+        _check_task(rule, problem)
+        require("optimizer", optimizer, Optimizer, _OPTIMIZER)
         state, means = rule.init(problem.start), list[Tensor]()
         length = self.truncation or self.steps
         for begin in range(0, self.steps, length):
@@ -212,8 +218,11 @@ class EvolutionStrategy:
             generator: Draws the changes; torch's global random state does when None.
 
         Raises:
+            SettingError: If an argument is something else.
             NonFiniteError: If a meta-loss is not finite. The parameters stay as they were.
         """
+        _check_task(rule, problem)
+        require("optimizer", optimizer, Optimizer, _OPTIMIZER)
         params, curves = _held(optimizer), list[Tensor]()
         kept = [p.clone() for p in params]
         gradients = [torch.zeros_like(p) for p in params]
@@ -256,7 +265,7 @@ def train(
         generator: Draws problems, and what the trainer needs; torch's global random state does when None.
 
     Raises:
-        SettingError: If ``iterations`` is no whole number above 0.
+        SettingError: If ``iterations`` is no whole number above 0, or another argument something else.
         NonFiniteError: If a meta-loss is not finite.
 
     Example:
@@ -272,10 +281,16 @@ def train(
         True
     """
     require_whole("iterations", iterations)
+    require("trainer", trainer, Trainer, "Backpropagation(...) or EvolutionStrategy(...)")
     curves = [
         trainer.step(rule, family(generator), optimizer=optimizer, generator=generator) for _ in range(iterations)
     ]
     return torch.stack(curves)
+
+
+def _check_task(rule: Rule, problem: Problem) -> None:
+    require("rule", rule, Rule, "a rule with init and update, such as LSTMOptimizer()")
+    require("problem", problem, Problem, "a Problem(objective, start), such as quadratics(8)")
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:

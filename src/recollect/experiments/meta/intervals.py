@@ -8,6 +8,7 @@ def half_width(samples: Float[Tensor, "*t n"]) -> Float[Tensor, "*t"]:
     """Returns half of the 95 % interval of the mean of independent samples: 1.96 standard errors.
 
     Example:
+        >>> import torch
         >>> half_width(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
         tensor([1.2652])
     """
