@@ -308,10 +308,14 @@ def test_a_reader_sees_what_is_committed_when_it_refreshes(tmp_path: Path) -> No
         (lambda each: each.forget(9), 1),
         (live, -1),
         (lambda each: (each.clear(), each.write(normal(3, KEY, seed=4), labels(3))), CAPACITY),
-        (lambda each: each.load_state_dict(state_of(twin)), CAPACITY),
+        # The same number of entries at the same times, and others.
+        (lambda each: (each.clear(), each.write(normal(3, KEY, seed=5), labels(3))), CAPACITY),
+        (lambda each: each.load_state_dict(state_of(others[0])), CAPACITY),
+        (lambda each: each.load_state_dict(state_of(others[1])), CAPACITY),
     ]
-    twin = EpisodicMemory(CAPACITY, KEY)
-    live(twin, seed=7)
+    others = EpisodicMemory(CAPACITY, KEY), EpisodicMemory(CAPACITY, KEY)
+    live(others[0], seed=7)
+    live(others[1], seed=17)
     for operate, changed in steps:
         before = state_of(reader)
         both(operate)
@@ -423,6 +427,31 @@ def test_threads_see_all_of_a_write_or_nothing(tmp_path: Path) -> None:
         assert_same(again, memory)
 
 
+def test_a_read_waits_for_a_write_that_is_half_in_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, half, go, found = DurableMemory(tmp_path, CAPACITY, KEY), threading.Event(), threading.Event(), []
+    update = memory.ring.index.update
+
+    def slow(*arguments: Tensor) -> None:
+        half.set()
+        go.wait()
+        update(*arguments)
+
+    monkeypatch.setattr(memory.ring.index, "update", slow)
+    writer = threading.Thread(target=lambda: memory.write(torch.ones(3, KEY), torch.arange(3)))
+    reader = threading.Thread(target=lambda: found.append(memory.read(torch.ones(KEY), 3).values.tolist()))
+    writer.start()
+    half.wait()
+    reader.start()
+    reader.join(0.3)
+    waited = reader.is_alive()
+    go.set()
+    writer.join()
+    reader.join()
+    assert waited
+    assert found == [[0, 1, 2]]
+    memory.close()
+
+
 def test_who_holds_a_memory_cannot_write_to_it(tmp_path: Path) -> None:
     with DurableMemory(tmp_path, CAPACITY, KEY) as memory:
         with memory.held(), pytest.raises(SettingError, match=r"within held\(\) a memory cannot change"):
@@ -527,6 +556,8 @@ def test_a_write_that_is_broken_off_between_file_and_ring_shows_as_a_whole(
         with pytest.raises(KeyboardInterrupt):
             memory.write(normal(4, KEY, seed=8), labels(4))
     beside.write(normal(4, KEY, seed=8), labels(4))
+    near = beside.read(normal(4, KEY, seed=8), 1)
+    assert torch.equal(memory.read(normal(4, KEY, seed=8), 1).slots, near.slots)  # the index knows them, too
     assert len(memory) == len(beside)
     assert_same(memory, beside)
     with monkeypatch.context() as patch:
@@ -663,8 +694,13 @@ def test_a_state_is_that_of_a_memory_in_ram(tmp_path: Path) -> None:
     for each in (fresh, beside):
         live(each, seed=4)
     fresh.close()
+    emptier = EpisodicMemory(CAPACITY, KEY)
+    emptier.write(normal(3, KEY), labels(3))
     with DurableMemory(tmp_path / "b") as again:
         assert_same(again, beside)
+        again.load_state_dict(emptier.state_dict())
+    with DurableMemory(tmp_path / "b") as again:
+        assert_same(again, emptier)
 
 
 def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
