@@ -296,7 +296,7 @@ def _expansion(problem: Problem, x: Float[Tensor, "t b d"]) -> tuple[Float[Tenso
     """Returns c and C of ``f(y) = y'Cy / 2 + y'c + constant`` near x, negative curvature taken as none."""
     many = _repeated(problem, len(x))
     with torch.enable_grad():
-        at = x.to(next(iter(problem.start.values())).dtype).requires_grad_()
+        at = x.detach().to(next(iter(problem.start.values())).dtype).requires_grad_()
         loss = many.objective(unflatten(at, many.start))
         slope = torch.autograd.grad(loss.sum(), at, create_graph=True)[0] + 0 * at  # a linear loss has no graph
         parts = [torch.autograd.grad(slope[..., i].sum(), at, retain_graph=True)[0] for i in range(x.shape[-1])]
