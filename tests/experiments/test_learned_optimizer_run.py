@@ -226,7 +226,7 @@ def test_imitation() -> None:
         errors.append(sum(float((own[name] - step[name]).detach().square().sum()) for name in params) / 3)
         params = {name: params[name] + step[name] for name in params}
     assert found.item() == pytest.approx(sum(errors) / 3)
-    adam = torch.optim.Adam(policy.parameters(), lr=0.01)
+    adam, error = torch.optim.Adam(policy.parameters(), lr=0.01), found
     for _ in range(30):
         error = learned_optimizer.imitation_error(policy, teacher, problem, 3)
         adam.zero_grad()

@@ -105,8 +105,8 @@ class GuidedPolicySearch:
        ``pi^_t = N(K^_t x + k^_t, G^_t + Sigma)``.
     4. The new controllers make
        ``sum_t E[f(x_{t+1}) - lambda_t' u_t] + nu KL(psi_t | pi^_t) + eta KL(psi_t | old psi_t)`` least, f by its
-       second-order expansion at the mean of the samples, negative curvature taken as none. eta is the least of a row
-       of numbers with which the mean ``KL(psi_t | old psi_t)`` is within ``bound``.
+       second-order expansion at the mean of the samples, negative curvature taken as positive: a step is never long for
+       it. eta is the least of a row of numbers with which the mean ``KL(psi_t | old psi_t)`` is within ``bound``.
     5. ``Sigma <- mean(G_t^-1)^-1``. The policy's parameters make
        ``E[lambda_t' mu + nu / 2 (mu - K_t x - k_t)' G_t^-1 (mu - K_t x - k_t)]`` smaller on the samples, by a step of
        the optimizer for each sample of all problems.
@@ -293,7 +293,7 @@ class GuidedPolicySearch:
 
 
 def _expansion(problem: Problem, x: Float[Tensor, "t b d"]) -> tuple[Float[Tensor, "t b d"], Float[Tensor, "t b d d"]]:
-    """Returns c and C of ``f(y) = y'Cy / 2 + y'c + constant`` near x, negative curvature taken as none."""
+    """Returns c and C of ``f(y) = y'Cy / 2 + y'c + constant`` near x, negative curvature taken as positive."""
     many = _repeated(problem, len(x))
     with torch.enable_grad():
         at = x.detach().to(next(iter(problem.start.values())).dtype).requires_grad_()
@@ -302,7 +302,7 @@ def _expansion(problem: Problem, x: Float[Tensor, "t b d"]) -> tuple[Float[Tenso
         parts = [torch.autograd.grad(slope[..., i].sum(), at, retain_graph=True)[0] for i in range(x.shape[-1])]
     hessian = torch.stack(parts, -1).double()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-    curvature = vectors * values.clamp(min=0).unsqueeze(-2) @ vectors.mT
+    curvature = vectors * values.abs().unsqueeze(-2) @ vectors.mT
     return slope.detach().double() - times(curvature, x), curvature
 
 
