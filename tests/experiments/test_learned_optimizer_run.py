@@ -21,6 +21,7 @@ from recollect.experiments.meta.hand_made import LINE_SEARCHES, candidates, line
 from recollect.experiments.meta.learned_optimizer import (
     EVOLVED,
     FAMILIES,
+    GUIDED,
     LSTM,
     POLICY,
     SCALES,
@@ -37,7 +38,17 @@ from recollect.experiments.runner import Run
 from recollect.meta import Backpropagation, Policy, Problem, quadratics, robust_regression
 
 MADE = ("SGD", "momentum", "RMSprop", "Adam")
-TINY = Scale(Course(4, 6, 1e-2, 1, 5), Course(6, 4, 3e-3, 2, 4), imitation=2, batch=3, pairs=2, spacing=16.0, valid=3)
+TINY = Scale(
+    Course(4, 6, 1e-2, 1, 5),
+    Course(6, 4, 3e-3, 2, 4),
+    imitation=2,
+    batch=3,
+    pairs=2,
+    guided=3,
+    samples=2,
+    spacing=16.0,
+    valid=3,
+)
 
 
 @pytest.fixture
@@ -176,7 +187,7 @@ def test_the_best_rule_is_kept() -> None:
     assert bias_of(again) == 2.0, "the loss is part of the state"
 
 
-@pytest.mark.parametrize("name", [POLICY, EVOLVED, LSTM])
+@pytest.mark.parametrize("name", [POLICY, EVOLVED, GUIDED, LSTM])
 def test_a_trained_rule_is_the_best_on_validation_problems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -193,7 +204,7 @@ def test_a_trained_rule_is_the_best_on_validation_problems(
     rule = study._learned(name, rules.sgd(0.1))
     valid = FAMILIES[family].draw(3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judge = final_loss if name == LSTM else loss_on_the_way
-    assert len(offered) == {LSTM: 4, POLICY: 4, EVOLVED: 5}[name]
+    assert len(offered) == {LSTM: 4, POLICY: 4, EVOLVED: 5, GUIDED: 4}[name]
     assert judge(trajectories(rule, valid, 6 if name == LSTM else 4)) == min(offered)
 
 
@@ -215,7 +226,7 @@ def test_imitation() -> None:
         errors.append(sum(float((own[name] - step[name]).detach().square().sum()) for name in params) / 3)
         params = {name: params[name] + step[name] for name in params}
     assert found.item() == pytest.approx(sum(errors) / 3)
-    adam = torch.optim.Adam(policy.parameters(), lr=0.01)
+    adam, error = torch.optim.Adam(policy.parameters(), lr=0.01), found
     for _ in range(30):
         error = learned_optimizer.imitation_error(policy, teacher, problem, 3)
         adam.zero_grad()
@@ -243,9 +254,12 @@ def test_a_training_that_diverges_goes_back_to_the_best(tmp_path: Path, monkeypa
     assert seen[4] == seen[2] == rule.output.bias.tolist(), "the second look was the best"
 
 
-@pytest.mark.parametrize(("place", "name"), [(learned_optimizer, "imitation_error"), (Best, "offer")])
+@pytest.mark.parametrize(
+    ("place", "name", "rule"),
+    [(learned_optimizer, "imitation_error", EVOLVED), (Best, "offer", EVOLVED), (Best, "offer", GUIDED)],
+)
 def test_training_goes_on_where_it_was_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, rule: str
 ) -> None:
     """It is stopped in its second imitation, or at its second look at validation problems."""
     monkeypatch.setattr(training, "_SECONDS", -1.0)  # every step is saved
@@ -253,7 +267,7 @@ def test_training_goes_on_where_it_was_stopped(
     worse = count(1)
     for study in made.values():  # the first look is the best: after a stop it must still be there
         monkeypatch.setattr(study, "_judge", lambda losses: float(next(worse)))
-    whole = made["a"]._learned(EVOLVED, rules.sgd(0.1))
+    whole = made["a"]._learned(rule, rules.sgd(0.1))
     real, calls = getattr(place, name), []
 
     def stop(*arguments: Any) -> Any:
@@ -264,9 +278,9 @@ def test_training_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(place, name, stop)
     with pytest.raises(KeyboardInterrupt):
-        made["b"]._learned(EVOLVED, rules.sgd(0.1))
-    again = made["b"]._learned(EVOLVED, rules.sgd(0.1))
-    assert len(calls) == (3 if name == "imitation_error" else 6)
+        made["b"]._learned(rule, rules.sgd(0.1))
+    again = made["b"]._learned(rule, rules.sgd(0.1))
+    assert len(calls) == {"imitation_error": 3, EVOLVED: 6, GUIDED: 5}[rule if name == "offer" else name]
     assert isinstance(whole, Policy)
     assert isinstance(again, Policy)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
@@ -291,9 +305,9 @@ def test_a_run(tmp_path: Path) -> None:
     table = run(LearnedOptimizer(out=tmp_path))
     assert table == (tmp_path / "table.md").read_text()
     rows = rows_of(tmp_path)
-    both = (POLICY, EVOLVED, *MADE, "conjugate gradient", "L-BFGS")
+    all_of_them = (POLICY, EVOLVED, GUIDED, *MADE, "conjugate gradient", "L-BFGS")
     expected = {("quadratic functions", name) for name in (LSTM, *MADE)}
-    expected |= {(family, name) for family in list(FAMILIES)[1:] for name in both}
+    expected |= {(family, name) for family in list(FAMILIES)[1:] for name in all_of_them}
     assert {(row["family"], row["optimizer"]) for row in rows} == expected
     assert len(rows) == len(expected)
     for row in rows:
@@ -317,6 +331,7 @@ def test_the_settings_of_the_papers() -> None:
     assert [family.objectives for family in FAMILIES.values()] == [None, 90, 120, 80]
     for scale in (SCALES["small"], SCALES["paper"]):
         assert (scale.lstm.steps, scale.truncation, scale.policy.steps, scale.policy.test) == (100, 20, 40, 100)
+        assert scale.samples == 20
     assert (SCALES["paper"].lstm.iterations, SCALES["paper"].lstm.rate, SCALES["paper"].batch) == (10_000, 1e-3, 128)
 
 

@@ -6,6 +6,7 @@ optimizers in a rule (each of which also drives ``LocalAdaptation``), hypernetwo
 
 from recollect.meta.access import LRUAccess, NTMAccess
 from recollect.meta.context_hypernetwork import ContextHypernetwork
+from recollect.meta.guided import GuidedPolicySearch
 from recollect.meta.hyper_lstm import HyperLSTM, HyperLSTMCell
 from recollect.meta.hypernetwork import Hypernetwork
 from recollect.meta.labels import Labels, by_instance, instances, offset
@@ -31,6 +32,7 @@ __all__ = [
     "Backpropagation",
     "ContextHypernetwork",
     "EvolutionStrategy",
+    "GuidedPolicySearch",
     "HyperLSTM",
     "HyperLSTMCell",
     "Hypernetwork",

@@ -19,11 +19,12 @@ class Policy(nn.Module):
     Paper: Li and Malik (2017), "Learning to optimize". With locations counted back from the current one, the first,
     the input is ``f(x_1) - f(x_i)`` and the gradient at ``x_i``, for i = 2 to H + 1; of locations before the start
     both are zero. One hidden layer of softplus units; the output is the step. The location itself is no input, so the
-    policy works the same everywhere. It is a module, which ``training.Backpropagation`` and
-    ``training.EvolutionStrategy`` train, and a rule for ``LocalAdaptation`` and ``RuleOptimizer(..., joint=True)``.
+    policy works the same everywhere. It is a module, which ``training.Backpropagation``,
+    ``training.EvolutionStrategy`` and, as in the paper, ``guided.GuidedPolicySearch`` train, and a rule for
+    ``LocalAdaptation`` and ``RuleOptimizer(..., joint=True)``.
 
-    *Differs from the paper:* there the output is the mean of a random step, which guided policy search trains. Here
-    it is the step. The output layer starts at zero, so an untrained policy stands still.
+    *Differs from the paper:* there the output is the mean of a random step; here it is the step. The output layer
+    starts at zero, so an untrained policy stands still.
 
     Args:
         parameters: How many numbers it moves: all parameters together.

@@ -1,7 +1,7 @@
 """How a rule is learned: unroll its steps on a family of problems, and make the losses along the way smaller.
 
 Two trainers with one interface: ``Backpropagation`` goes back through the steps, ``EvolutionStrategy`` needs no
-derivative of them.
+derivative of them. A third, ``guided.GuidedPolicySearch``, keeps to fixed problems.
 """
 
 from collections.abc import Callable
@@ -260,7 +260,7 @@ def train(
         rule: The rule.
         family: Draws new problems by a generator.
         optimizer: Holds the rule's parameters. (Adam with a rate of 1e-3 in the code of Andrychowicz et al. 2016.)
-        trainer: ``Backpropagation`` or ``EvolutionStrategy``.
+        trainer: ``Backpropagation``, ``EvolutionStrategy``, or ``GuidedPolicySearch`` if the problems stay the same.
         iterations: How many times problems are drawn.
         generator: Draws problems, and what the trainer needs; torch's global random state does when None.
 

@@ -1,10 +1,10 @@
 """Learned optimizers beside those made by hand, on problems that no training has seen.
 
 The LSTM optimizer of Andrychowicz et al. (2016), Section 3.1, on random quadratic functions, and the policy of Li and
-Malik (2017), Section 4, on logistic regressions, robust regressions and small networks. The policy is trained in two
-ways that take the same time: by gradients through its steps, and by an evolution strategy, which needs no derivative
-of them. Both begin with the imitation of momentum. Settings of what is made by hand, and the moment at which a learned
-rule is taken, are chosen on validation problems.
+Malik (2017), Section 4, on logistic regressions, robust regressions and small networks. The policy is trained in three
+ways that take about the same time: by gradients through its steps, by an evolution strategy, which needs no derivative
+of them, and by guided policy search, the paper's. All begin with the imitation of momentum. Settings of what is made by
+hand, and the moment at which a learned rule is taken, are chosen on validation problems.
 """
 
 import copy
@@ -29,6 +29,7 @@ from recollect.experiments.runner import Run, begin
 from recollect.meta import (
     Backpropagation,
     EvolutionStrategy,
+    GuidedPolicySearch,
     LSTMOptimizer,
     Policy,
     Problem,
@@ -41,6 +42,7 @@ from recollect.meta import (
 from recollect.meta.coordinates import flatten
 
 LSTM, POLICY, EVOLVED = "LSTM optimizer", "policy, by gradients", "policy, by evolution"
+GUIDED = "policy, by guided policy search"
 _VALID, _TEST = 1, 2  # seeds
 
 
@@ -51,7 +53,7 @@ class Family:
     draw: Callable[..., Problem]
     objectives: int | None = None
     """For training, as many as in Li and Malik (2017); new ones at each iteration when None."""
-    learned: tuple[str, ...] = (POLICY, EVOLVED)
+    learned: tuple[str, ...] = (POLICY, EVOLVED, GUIDED)
     searches: tuple[str, ...] = tuple(LINE_SEARCHES)
 
 
@@ -94,6 +96,11 @@ class Scale:
     so there are as many times fewer. (Ours.)"""
     deviation: float = 0.01
     """Of what it tries. (Ours.)"""
+    guided: int = 12
+    """Iterations by gradients that take as much time as one of guided policy search (8 to 16, by family): so there are
+    as many times fewer. (Ours.)"""
+    samples: int = 20
+    """Trajectories of each problem that guided policy search draws in an iteration, as in the paper."""
     imitation: int = 300
     """Iterations in which a policy first learns to follow momentum, which makes the first trajectories of the paper's
     guided policy search. Without, that of the ReLU network goes where all units are dead. (Ours.)"""
@@ -107,7 +114,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(Course(6, 20, 1e-2, 3, 20), Course(8, 10, 1e-3, 4, 6), imitation=2, spacing=8.0, valid=20),
+    "smoke": Scale(
+        Course(6, 20, 1e-2, 3, 20), Course(8, 10, 1e-3, 4, 6), imitation=2, samples=2, spacing=8.0, valid=20
+    ),
     "small": Scale(Course(1500, 100, 1e-2, 20, 1000), Course(1500, 40, 1e-3, 10, 100)),
     "paper": Scale(Course(10_000, 100, 1e-3, 100, 1000), Course(5000, 40, 1e-3, 10, 100), batch=128, valid=1000),
 }
@@ -262,7 +271,7 @@ class _Study:
         fixed = None if family.objectives is None else family.draw(family.objectives, generator=g)
         rule, trainer = self._rule(name, g), self._trainer(name)
         best, valid = Best(rule), self._problem(scale.valid, _VALID)
-        share = scale.pairs if name == EVOLVED else 1
+        share = {EVOLVED: scale.pairs, GUIDED: scale.guided}.get(name, 1)
         iterations, every = (max(1, number // share) for number in (course.iterations, course.every))
         before = 0 if name == LSTM else scale.imitation
         imitator = torch.optim.Adam(rule.parameters(), lr=scale.imitation_rate)
@@ -291,6 +300,8 @@ class _Study:
         parts = {"rule": rule, "best": best, "optimizer": optimizer, "schedule": schedule}
         run_of = {"family": self._name, "rule": name, "course": asdict(course), "trainer": asdict(trainer)}
         run_of |= {"batch": scale.batch, "valid": scale.valid, "seed": scale.seed}
+        if isinstance(trainer, GuidedPolicySearch):
+            parts["trainer"] = trainer
         if before:
             parts["imitator"] = imitator
             run_of |= {"teacher": asdict(teacher), "imitation": before, "imitation_rate": scale.imitation_rate}
@@ -304,12 +315,14 @@ class _Study:
         start = self._problem(1, _VALID).start
         return Policy(sum(tensor.numel() for tensor in start.values()), current=True, generator=generator)
 
-    def _trainer(self, name: str) -> Backpropagation | EvolutionStrategy:
+    def _trainer(self, name: str) -> Backpropagation | EvolutionStrategy | GuidedPolicySearch:
         scale, steps = self._scale, self._course.steps
         if name == LSTM:
             return Backpropagation(steps=steps, truncation=scale.truncation)
         if name == POLICY:
             return Backpropagation(steps=steps, truncation=None, first_order=False, clip=1.0)
+        if name == GUIDED:
+            return GuidedPolicySearch(steps=steps, samples=scale.samples)
         return EvolutionStrategy(steps=steps, pairs=scale.pairs, deviation=scale.deviation)
 
     def _problem(self, count: int, seed: int) -> Problem:

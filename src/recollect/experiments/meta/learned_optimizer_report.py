@@ -10,6 +10,7 @@ _COLORS = {
     "LSTM optimizer": plots.NAVY,
     "policy, by gradients": plots.NAVY,
     "policy, by evolution": plots.BLUE,
+    "policy, by guided policy search": plots.CYAN,
     "SGD": plots.GRAY,
     "momentum": plots.GREEN,
     "RMSprop": plots.ORANGE,
@@ -57,8 +58,8 @@ def _table(grouped: dict[str, list[Row]]) -> str:
     parts.append(
         "The margin of victory is the lowest loss of all other optimizers, less the optimizer's own, as a mean over "
         "steps and problems: above zero, it is better than the best of the others on each. A policy's others are all "
-        "that is made by hand. Both ways to train a policy begin with the same imitation of momentum and then take the "
-        "same time. Guided policy search is not rebuilt."
+        "that is made by hand. All ways to train a policy begin with the same imitation of momentum and then take "
+        "about the same time."
     )
     return "\n\n".join(parts) + "\n"
 
