@@ -66,6 +66,10 @@ class MissingDataError(RecollectError, FileNotFoundError):
     """A data set or a saved model is not where it should be (and cannot be downloaded)."""
 
 
+class UnreachableError(RecollectError, ConnectionError):
+    """A server or a file that a memory lies in did not answer in the time it was given."""
+
+
 class MissingExtraError(RecollectError, ImportError):
     """An optional dependency is not installed."""
 
