@@ -8,7 +8,7 @@ which step entries have been forgotten. All requests about entries filter on ``s
 import json
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -208,11 +208,11 @@ class Collection:
     ) -> list[dict[str, Any]]:
         level = "Strong" if strong else level or self.settings.consistency.capitalize()
         name, timeout, wanted = self.settings.name, self.settings.timeout, list(fields)
-        limit = {} if "count(*)" in wanted else {"limit": MOST}
+        limit = None if "count(*)" in wanted else MOST
         return self._connection.ask(
             lambda client: list(
                 client.query(
-                    name, filter=where, output_fields=wanted, consistency_level=level, timeout=timeout, **limit
+                    name, filter=where, output_fields=wanted, consistency_level=level, timeout=timeout, limit=limit
                 )
             )
         )
@@ -222,7 +222,8 @@ class Collection:
         settings, name, timeout = self.settings, self.settings.name, self.settings.timeout
         if not client.has_collection(name, timeout=timeout):
             self._create(client)
-        fields = {field["name"]: field for field in client.describe_collection(name, timeout=timeout)["fields"]}
+        description = cast("dict[str, Any]", client.describe_collection(name, timeout=timeout))
+        fields = {field["name"]: field for field in description["fields"]}
         if set(fields) != set(_FIELDS):
             raise SettingError(
                 f"the collection {name!r} at {settings.uri} is not one of a memory: it has the fields "

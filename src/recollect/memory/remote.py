@@ -1,35 +1,34 @@
 """``MilvusMemory``: a ring of (key, value) pairs in Milvus, for several processes and for more than fits one machine.
 
-Milvus only says which entries are near. Distances, order and weights are then computed from their keys, by an
-``EpisodicMemory`` of what was found, so that a context is the ring's own up to what the search has missed.
+What is stored in Milvus is the ring; which of several writers stores what, and what happens when nobody answers, is
+said here. ``finding.py`` reads, ``collection.py`` makes the requests, ``connection.py`` sends them.
 """
 
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
-from torch.nn.functional import pad
 
 from recollect.errors import SettingError, UnreachableError, require, require_choice, require_tensor, require_whole
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory.checks import check_entries, check_limit, check_neighbors, check_queries, check_slots
 from recollect.memory.collection import MOST, Collection
-from recollect.memory.episodic import EpisodicMemory
+from recollect.memory.finding import Finder
 from recollect.memory.protocol import Context
 from recollect.memory.rows import Kept, Rows, Settings, Stamps
 
 Result = TypeVar("Result")
 
-_SPARE = 16  # candidates beyond the neighbors, or a quarter of them: what rounds as equal there, may not be equal here
 
-
-class _Like(NamedTuple):
+@dataclass
+class _Like:
     """What the checks look at: shapes, dtypes and device of all slots, without the memory they would take."""
 
     keys: Tensor
@@ -167,6 +166,7 @@ class MilvusMemory:
         self._silent_until: float | None = None  # until when nobody is asked again; None while reads are answered
         self._collection = Collection(settings)
         self._kept = Kept(settings) if local_keys else None
+        self._finder = Finder(self._collection, self._kept)
         self._session: int | None = None  # None until this memory writes
         self._count = 0  # how many entries this writer has written
         self._place: int | None = None  # where its notes about forgotten entries are
@@ -312,79 +312,17 @@ class MilvusMemory:
 
         def found() -> Context:
             if neighbors is None:
-                return self._nearest(self._fetched(self._collection.all_stamps()), flat, None, kernel, limit)
-            return self._search(flat, neighbors, kernel, limit)
+                return self._finder.all(flat, kernel, limit)
+            return self._finder.near(flat, neighbors, kernel, limit)
+
+        def unanswered() -> Context:
+            self.unanswered += 1
+            return self._finder.nothing(flat, neighbors, kernel)
 
         with torch.no_grad():
-            context = self._answered(found, lambda: self._unanswered(flat, neighbors, kernel))
+            context = self._answered(found, unanswered)
         shape, device = queries.shape[:-1], queries.device
         return Context(*(part.reshape(*shape, *part.shape[1:]).to(device) for part in context))
-
-    def _search(self, queries: Tensor, neighbors: int, kernel: Kernel, limit: Tensor | None) -> Context:
-        count = min(neighbors + max(_SPARE, neighbors // 4), MOST)
-        whole = self._kept is None and self._collection.at_once(count, whole=True) > 0
-        size = max(1, self._collection.at_once(count, whole=whole))
-        limits = [None] if limit is None else sorted(set(limit.tolist()))
-        places: list[Tensor] = []
-        parts: list[Context] = []
-        for before in limits:
-            rows = torch.arange(len(queries)) if limit is None else (limit == before).nonzero().squeeze(1)
-            for some in rows.split(size) if len(rows) else ():
-                stamps, entries = self._collection.search(queries[some], count, before, whole=whole)
-                entries = self._fetched(stamps) if entries is None else entries
-                part = None if limit is None else limit[some]
-                places.append(some)
-                parts.append(self._nearest(entries, queries[some], neighbors, kernel, part))
-        width = max((part.slots.shape[1] for part in parts), default=0)
-        if width < neighbors:  # as many as there are, be they hidden or missed
-            width = max(width, min(neighbors, self._collection.count()))
-        if not parts:
-            return _widened(self._nothing(queries, neighbors, kernel), width)
-        order = torch.cat(places).argsort()
-        wide = [_widened(part, width) for part in parts]
-        return Context(*(torch.cat(some)[order] for some in zip(*wide, strict=True)))
-
-    def _nothing(self, queries: Tensor, neighbors: int | None, kernel: Kernel) -> Context:
-        return self._nearest(self._collection.no_rows(), queries, neighbors, kernel, None)
-
-    def _unanswered(self, queries: Tensor, neighbors: int | None, kernel: Kernel) -> Context:
-        self.unanswered += 1
-        return self._nothing(queries, neighbors, kernel)
-
-    def _nearest(
-        self, rows: Rows, queries: Tensor, neighbors: int | None, kernel: Kernel, limit: Tensor | None
-    ) -> Context:
-        """Ranks entries as the ring does: it makes a ring of them."""
-        count, settings = len(rows.keys), self._settings
-        ring = EpisodicMemory(
-            max(1, count), settings.key_size, value_shape=settings.value_shape, value_dtype=settings.value_dtype
-        )
-        if count:
-            ring.load_state_dict(
-                {
-                    "keys": rows.keys,
-                    "values": rows.values,
-                    "written": rows.stamps.written,
-                    "queue": rows.stamps.written.argsort(),
-                    "position": torch.tensor(0),
-                    "step": rows.stamps.written.amax() + 1,
-                    "size": torch.tensor(count),
-                }
-            )
-        context = ring.read(queries, neighbors, kernel=kernel, before=limit)
-        slots = rows.stamps.slots if count else torch.zeros(1, dtype=torch.long)
-        return context._replace(slots=slots[context.slots.clamp(min=0)].masked_fill(context.slots < 0, -1))
-
-    def _fetched(self, stamps: Stamps) -> Rows:
-        """Returns the entries of these slots, from what is kept where that is what Milvus has."""
-        if self._kept is None:
-            return self._collection.rows(stamps.slots)
-        known, missing = self._kept.look_up(stamps)
-        if len(missing) == 0:
-            return known
-        new = self._collection.rows(missing)
-        self._kept.keep(new)
-        return Rows.joined([known, new])
 
     def forget(self, slots: int | Int[Tensor, "..."]) -> None:
         """Removes entries at once and for good, whoever wrote them; their slots stay empty until written again.
@@ -440,13 +378,3 @@ class MilvusMemory:
                 self._silent_until = None
                 return result
         return otherwise()
-
-
-def _widened(context: Context, width: int) -> Context:
-    """Adds places that nothing fills."""
-    more = width - context.slots.shape[1]
-    if more == 0:
-        return context
-    keys, values = (pad(part, (*(0, 0) * (part.dim() - 2), 0, more)) for part in (context.keys, context.values))
-    distances, slots = pad(context.distances, (0, more), value=torch.inf), pad(context.slots, (0, more), value=-1)
-    return Context(keys, values, pad(context.weights, (0, more)), distances, slots)
