@@ -25,7 +25,9 @@ class Server:
         self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._keeper.stdout is not None
         self.pid = int(self._keeper.stdout.readline())
-        self.uri = f"http://127.0.0.1:{int(self._keeper.stdout.readline())}"
+        uri = f"http://127.0.0.1:{int(self._keeper.stdout.readline())}"
+        assert self.uri in {"", uri}, "it has come back, but elsewhere"
+        self.uri = uri
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

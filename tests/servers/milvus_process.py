@@ -5,6 +5,7 @@
 Prints the server's process id as soon as there is one, and its port when it answers.
 """
 
+import socket
 import sys
 from pathlib import Path
 from threading import Thread
@@ -20,6 +21,8 @@ if not (folder / "bin").exists():
 default_server.set_base_dir(str(folder))
 default_server.config.set("authorization_enabled", True)
 default_server.config.set("proxy.timeTickInterval", 50)  # ms; what a session waits for its own writes
+# A killed server leaves connections behind that hold its port for a minute, but not for who says that this is fine.
+default_server.config.try_bind_port = lambda port: socket.create_server(("127.0.0.1", port))
 default_server.wait_for_started = False
 default_server.start()
 print(default_server.server_proc.pid, flush=True)

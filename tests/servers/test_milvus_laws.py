@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 from laws import test_memory_laws as laws
-from servers.keeper import TOKEN, Server
+from servers.keeper import PYTHON, TOKEN, Server
 
 from recollect import MilvusMemory
 from recollect.memory import Memory
+
+if PYTHON is None:
+    pytest.skip("needs a Milvus server: make test-milvus", allow_module_level=True)
 
 globals().update({name: law for name, law in vars(laws).items() if name.startswith("test_") or name == "filled"})
 

@@ -1,8 +1,8 @@
 """One Milvus collection as a table of slots: its fields, its requests, and what is said when nobody answers.
 
 A row of an entry has its slot as primary key, so that writing it again is an upsert. Rows with negative slots are the
-memory's own notes: ``_SETTINGS`` says how the collection was made, ``_CLAIMS`` who writes, and those below it up to
-which step entries have been forgotten. All requests about entries filter on ``slot >= 0``.
+memory's own notes: ``_SETTINGS`` says how the collection was made, ``_CLAIMS`` and those below it which session
+writes as each writer, and the next ones up to which step entries of each writer have been forgotten.
 """
 
 import json
@@ -44,6 +44,7 @@ class Collection:
             retries=settings.retries,
             prepare=self._prepare,
         )
+        self._notes = list(range(_SETTINGS, _CLAIMS - 2 * settings.writers, -1))
 
     # Requests
 
@@ -119,7 +120,9 @@ class Collection:
 
     def count(self, *, strong: bool = False) -> int:
         """Returns how many entries there are."""
-        return int(self._query("slot >= 0", ("count(*)",), strong=strong)[0]["count(*)"])
+        # Counting all and then the notes: milvus-lite would make a record of every row that passes a filter.
+        rows = int(self._query("", ("count(*)",), strong=strong)[0]["count(*)"])
+        return max(0, rows - len(self._query(f"slot in {self._notes}", ("slot",))))
 
     def delete(self, slots: Int[Tensor, " m"]) -> None:
         """Removes the entries in these slots, and returns when no read can find them any more."""
@@ -155,27 +158,19 @@ class Collection:
 
     def holder(self, writer: int) -> int | None:
         """Returns the session that writes as ``writer``, None if there is none."""
-        rows = self._query(f"slot == {_CLAIMS - writer}", ("session",), level="Eventually")
+        rows = self._query(f"slot in [{_CLAIMS - writer}]", ("session",), level="Eventually")
         return int(rows[0]["session"]) if rows else None
 
-    def remember(self, place: int, gone: Stamps) -> None:
-        """Notes up to which step entries are about to be forgotten: no step is used twice.
-
-        Args:
-            place: A number of this memory's own, below which its notes are kept.
-            gone: The entries.
-        """
-        last: dict[int, int] = {}
-        for written, session in zip(gone.written.tolist(), gone.sessions.tolist(), strict=True):
+    def remember(self, gone: Stamps) -> None:
+        """Notes up to which step entries are about to be forgotten: no step is used twice."""
+        last = dict.fromkeys((gone.sessions >> _NUMBERS).unique().tolist(), -1)
+        places = {writer: _CLAIMS - self.settings.writers - writer for writer in last}
+        noted = self._query(f"slot in {list(places.values())}", _FIELDS[:3], strong=True) if last else []
+        times = [(note["session"], note["written"]) for note in noted]
+        for session, written in (*times, *zip(gone.sessions.tolist(), gone.written.tolist(), strict=True)):
             writer = session >> _NUMBERS
-            last[writer] = max(written, last.get(writer, -1))
-        notes = [self._note(place - writer, step, writer << _NUMBERS) for writer, step in last.items()]
-        if notes:
-            self._upsert(notes)
-
-    def a_place(self) -> int:
-        """Returns a number below which nobody else keeps notes."""
-        return _CLAIMS - self.settings.writers * (1 + secrets.randbits(_NUMBERS - 8))
+            last[writer] = max(written, last[writer])
+        self._upsert([self._note(places[writer], step, writer << _NUMBERS) for writer, step in last.items()])
 
     def _note(self, slot: int, written: int, session: int, text: str = "") -> dict[str, Any]:
         key = torch.zeros(self.settings.key_size).numpy()
@@ -233,15 +228,15 @@ class Collection:
         if index is None:
             index = self._add_index(client)
         client.load_collection(name, timeout=timeout)
-        notes = self._notes(client, f"slot == {_SETTINGS}")
+        notes = self._texts(client, f"slot in [{_SETTINGS}]")
         size = int(fields["key"]["params"]["dim"])
-        if not notes and size == settings.key_size and not self._notes(client, "slot >= 0"):  # it is being made
+        if not notes and size == settings.key_size and not self._texts(client, "slot >= 0"):  # it is being made
             row = self._note(_SETTINGS, -1, -1, json.dumps({"recollect": _VERSION, **settings.described()}))
             client.upsert(name, [row], timeout=timeout)
-            notes = self._notes(client, f"slot == {_SETTINGS}")
+            notes = self._texts(client, f"slot in [{_SETTINGS}]")
         self._check(notes, {"key_size": size, "index": index.get("index_type"), "metric": index.get("metric_type")})
 
-    def _notes(self, client: "MilvusClient", where: str) -> list[str]:
+    def _texts(self, client: "MilvusClient", where: str) -> list[str]:
         rows = client.query(
             self.settings.name,
             filter=where,

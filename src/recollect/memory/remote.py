@@ -169,7 +169,6 @@ class MilvusMemory:
         self._finder = Finder(self._collection, self._kept)
         self._session: int | None = None  # None until this memory writes
         self._count = 0  # how many entries this writer has written
-        self._place: int | None = None  # where its notes about forgotten entries are
         self._size = 0  # as it was when Milvus answered last
         self._writing = threading.RLock()
         self._like = _Like(
@@ -339,9 +338,7 @@ class MilvusMemory:
         if len(gone) == 0:
             return
         with self._writing:
-            if self._place is None:
-                self._place = self._collection.a_place()
-            self._collection.remember(self._place, self._collection.stamps(gone, strong=True))
+            self._collection.remember(self._collection.stamps(gone, strong=True))
             if self._kept is not None:
                 self._kept.drop(gone)
             self._collection.delete(gone)
@@ -353,7 +350,7 @@ class MilvusMemory:
             UnreachableError: If nobody answers; then some may have been removed.
         """
         with self._writing:
-            self._session = self._place = None
+            self._session = None
             if self._kept is not None:
                 self._kept.drop(torch.arange(self.capacity))
             self._collection.delete_all()
