@@ -86,7 +86,11 @@ class Connection:
             from pymilvus import MilvusClient
 
             self._process = os.getpid()
-            client = MilvusClient(self.uri, token=self._token or "", timeout=self.timeout, dedicated=True)
+            # A channel of its own: the others to this address may still be waiting, two minutes at worst, to try again.
+            options = {"grpc.use_local_subchannel_pool": 1}
+            client = MilvusClient(
+                self.uri, token=self._token or "", timeout=self.timeout, dedicated=True, grpc_options=options
+            )
             try:
                 self._prepare(client)
             except BaseException:
