@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from benchmarks.case import Benchmark
 
-NAMES = ("adaptation", "read", "write", "predict", "approximate", "continual", "language", "meta")
+NAMES = ("adaptation", "read", "write", "durable", "predict", "approximate", "continual", "language", "meta")
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 PAGE = FOLDER.parent / "docs" / "performance.md"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect import (
+    DurableMemory,
     EpisodicMemory,
     Gaussian,
     LocalAdaptation,
@@ -50,6 +51,7 @@ def make_milvus(folder: Path, capacity: int, key_size: int, **values) -> Memory:
 # value_dtype; where they are left out, values are labels: shape (), dtype int64.
 MAKERS: dict[str, Callable[..., Memory]] = {
     "episodic": make_episodic,
+    "durable": DurableMemory,
     "milvus": make_milvus,
 }
 

@@ -16,7 +16,7 @@ from pymilvus import DataType, MilvusClient
 from torch import Tensor, nn
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, MilvusMemory, dot_product, rules
-from recollect.errors import MissingExtraError, RecollectError, SettingError, UnreachableError
+from recollect.errors import LockedError, MissingExtraError, RecollectError, SettingError, UnreachableError
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory import Context, collection
 from recollect.memory.connection import _reason
@@ -237,7 +237,7 @@ def test_two_with_one_number(open_memory: Open) -> None:
     first.write(*pairs(3))
     twin = copy.deepcopy(first)
     assert twin.write(*pairs(2, seed=1)).tolist() == [3, 4]
-    with pytest.raises(SettingError, match=r"writer 0 of 'entries'.*in use by another process.*Nothing was written"):
+    with pytest.raises(LockedError, match=r"writer 0 of 'entries'.*in use by another process.*Nothing was written"):
         first.write(*pairs(1))
     assert len(first.read(torch.zeros(KEY), None).slots) == 5  # it still reads
     assert twin.write(*pairs(1)).tolist() == [5]
@@ -368,7 +368,7 @@ def test_a_file_of_another_process(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with subprocess.Popen([sys.executable, "-c", SCRIPT, path], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        with pytest.raises(UnreachableError, match="One process at a time") as caught, caplog.at_level(logging.INFO):
+        with pytest.raises(LockedError, match="is open in another process") as caught, caplog.at_level(logging.INFO):
             memory.read(torch.zeros(6), 1)
         child.kill()
     assert "DataDirLocked" in str(caught.value)

@@ -11,7 +11,7 @@ from servers.keeper import PYTHON, TOKEN, Server
 from torch import nn
 
 from recollect import LocalAdaptation, MbPA, MilvusMemory, rules
-from recollect.errors import SettingError, UnreachableError
+from recollect.errors import LockedError, SettingError, UnreachableError
 
 if PYTHON is None:
     pytest.skip("needs a Milvus server: make test-milvus", allow_module_level=True)
@@ -106,7 +106,7 @@ def test_two_with_one_number(server: Server) -> None:
     first.write(torch.zeros(KEY), torch.tensor(0))
     assert second.write(torch.ones(KEY), torch.tensor(1)).tolist() == [1]
     time.sleep(1)  # by then the first can know
-    with pytest.raises(SettingError, match="in use by another process"):
+    with pytest.raises(LockedError, match="in use by another process"):
         first.write(torch.zeros(KEY), torch.tensor(0))
     assert sorted(second.read(torch.zeros(KEY), 5).values.tolist()) == [0, 1]
 

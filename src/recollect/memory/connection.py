@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
-from recollect.errors import MissingExtraError, SettingError, UnreachableError
+from recollect.errors import LockedError, MissingExtraError, SettingError, UnreachableError
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -51,6 +51,7 @@ class Connection:
 
         Raises:
             UnreachableError: If the last attempt has failed, too.
+            LockedError: If a file is open in another process.
             SettingError: If the server refuses the token.
         """
         attempt = 0
@@ -64,7 +65,7 @@ class Connection:
             if any(refusal in reason for refusal in _REFUSALS):
                 raise SettingError(f"the Milvus server at {self.uri} refuses token= ({_short(reason)}). Check it.")
             if attempt == self._retries:
-                raise self._unreachable(reason)
+                raise self._failed(reason)
             time.sleep(_PAUSE * 2**attempt)
             attempt += 1
 
@@ -104,11 +105,16 @@ class Connection:
         if client is not None and self._process == os.getpid():
             client.close()
 
-    def _unreachable(self, reason: str) -> UnreachableError:
+    def _failed(self, reason: str) -> LockedError | UnreachableError:
+        if "DataDirLocked" in reason:
+            return LockedError(
+                f"{self.uri} is open in another process ({_short(reason)}). milvus-lite serves one at a time: "
+                "close it there, or let several share a server."
+            )
         if self.is_file:
             return UnreachableError(
-                f"{self.uri} could not be read or written ({_short(reason)}). One process at a time can open the file "
-                "of milvus-lite: close it there, or let several share a server."
+                f"milvus-lite could not read or write {self.uri} ({_short(reason)}). See that the file can be written "
+                "and has room, or raise timeout=."
             )
         return UnreachableError(
             f"the Milvus server at {self.uri} did not answer: {self._retries + 1} attempts of at most "

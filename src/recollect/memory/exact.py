@@ -55,9 +55,9 @@ class ExactIndex(WindowIndex):
         self._center = torch.zeros(keys.shape[1], dtype=dtype, device=keys.device)
         squares = torch.zeros((), dtype=dtype, device=keys.device)
         for chunk in _chunks(occupied, keys):
-            rows = keys[chunk].to(dtype)
+            rows = _rows(keys, chunk).to(dtype)
             self._center += rows.sum(0)
-            squares += rows.square_().sum()
+            squares += rows.square().sum()
         self._center /= max(1, len(occupied))
         if bool(self._center.square().sum() * len(occupied) <= _NEGLIGIBLE * squares):
             self._center.zero_()
@@ -85,7 +85,7 @@ class ExactIndex(WindowIndex):
 
     def _derive(self, keys: Tensor, written: Tensor, slots: Tensor) -> None:
         for chunk in _chunks(slots, keys):
-            centered = keys[chunk].to(self._center.dtype) - self._center
+            centered = _rows(keys, chunk).to(self._center.dtype) - self._center
             self._norms[chunk] = centered.square().sum(1).masked_fill_(written[chunk] < 0, torch.inf)
             if self._rounding is not self._norms:
                 self._rounding[chunk] = centered.sub_(centered.bfloat16()).norm(dim=1)
@@ -170,3 +170,10 @@ class ExactIndex(WindowIndex):
 
 def _chunks(slots: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     return slots.split(max(1, _CHUNK // (8 * keys.shape[1]))) if len(slots) else ()
+
+
+def _rows(keys: Shaped[Tensor, "n d"], slots: Int[Tensor, " m"]) -> Shaped[Tensor, "m d"]:
+    """Returns keys to be read from: without a copy where the slots follow on each other."""
+    if len(slots) and bool((slots.diff() == 1).all()):
+        return keys[int(slots[0]) : int(slots[-1]) + 1]
+    return keys[slots]

@@ -16,7 +16,15 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from recollect.errors import SettingError, UnreachableError, require, require_choice, require_tensor, require_whole
+from recollect.errors import (
+    LockedError,
+    SettingError,
+    UnreachableError,
+    require,
+    require_choice,
+    require_tensor,
+    require_whole,
+)
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory.checks import check_entries, check_limit, check_neighbors, check_queries, check_slots
 from recollect.memory.collection import MOST, Collection
@@ -232,7 +240,8 @@ class MilvusMemory:
         Raises:
             ShapeError, DtypeError, DeviceError, NonFiniteError: As ``EpisodicMemory.write``; then nothing was stored.
             UnreachableError: If nobody answers; then a part of the batch may have been stored.
-            SettingError: If another process writes as this writer, or the collection is not the right one.
+            LockedError: If another process writes as this writer by now, or has the file.
+            SettingError: If the collection is not the right one.
         """
         new_keys, new_values = check_entries(self._like, keys, values)
         count, own = len(new_keys), self.capacity // self._settings.writers
@@ -259,7 +268,7 @@ class MilvusMemory:
             if holder == self._session:
                 return self._session
             if holder is not None:
-                raise SettingError(
+                raise LockedError(
                     f"writer {writer} of {self._settings.name!r} at {self._settings.uri} is in use by another process, "
                     "or a copy of this memory, that began later. Nothing was written. Give each its own writer= of "
                     "writers=, or write from one of them."
