@@ -58,9 +58,11 @@ def assert_same(a: Context, b: Context) -> None:
 # The ring's own answers
 
 
-@pytest.mark.parametrize("local_keys", [True, False])
-@pytest.mark.parametrize("index", ["HNSW", "FLAT"])
-@pytest.mark.parametrize("kernel", [inverse_distance(1e-3), dot_product(0.3)], ids=str)
+@pytest.mark.parametrize(
+    ("index", "local_keys", "kernel"),
+    [("HNSW", True, inverse_distance(1e-3)), ("HNSW", False, dot_product(0.3)), ("FLAT", True, inverse_distance(1e-3))],
+    ids=str,
+)
 def test_contexts_are_those_of_the_ring(open_memory: Open, index: str, local_keys: bool, kernel: Kernel) -> None:
     memory, ring = open_memory(index=index, local_keys=local_keys), EpisodicMemory(CAPACITY, KEY)
     queries = pairs(7, seed=9)[0]
