@@ -8,6 +8,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+MILVUS_STAMP := .venv-milvus/ready-2.3.5
 MARK := .venv/half-made
 STAMP := .venv/ready-$(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -16,7 +17,7 @@ PIP_INSTALL := -m pip install -qq --no-input --disable-pip-version-check -c cons
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: help demo test lint bench environment
+.PHONY: help demo test test-milvus lint bench environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,11 @@ demo: environment ## permuted digits in under a minute: a table and a figure
 
 test: environment ## all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The server listens on every interface it finds: it is given a network that has none but the loopback.
+test-milvus: environment $(MILVUS_STAMP) ## the memory in Milvus on a real server, which it installs, in four minutes
+	@RECOLLECT_MILVUS="$$PWD/.venv-milvus/bin/python" \
+		unshare --net --map-root-user $(BIN)/python -m pytest tests/servers $(ARGS)
 
 lint: environment ## ruff and pyright
 	@$(BIN)/python -m ruff check .
@@ -63,4 +69,14 @@ $(STAMP):
 	else '$(PYTHON)' -m pip --python $(BIN)/python $(subst -m pip,,$(PIP_INSTALL)); fi || { rm $(MARK); \
 		echo 'The installation failed; the lines above say why. Once that is mended, run make again.' >&2; exit 1; }
 	@rm $(MARK)
+	@touch $@
+
+# The last Milvus server that came as a package, and what it needs of an older setuptools, in an environment of its own.
+$(MILVUS_STAMP):
+	@echo 'Preparing a Milvus server in .venv-milvus ...'
+	@rm -rf .venv-milvus
+	@'$(PYTHON)' -m venv .venv-milvus >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear --without-pip .venv-milvus
+	@if .venv-milvus/bin/python -m pip --version >/dev/null 2>&1; then pip='.venv-milvus/bin/python -m pip'; \
+	else pip="'$(PYTHON)' -m pip --python .venv-milvus/bin/python"; fi; \
+	eval "$$pip" install -qq --no-input --disable-pip-version-check milvus==2.3.5 setuptools==80.10.2
 	@touch $@

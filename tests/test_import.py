@@ -7,7 +7,18 @@ import sys
 import pytest
 
 OPTIONAL = (
-    *("faiss", "pymilvus", "milvus_lite", "sklearn", "scipy", "pandas", "transformers", "datasets", "matplotlib"),
+    *(
+        "faiss",
+        "pymilvus",
+        "milvus_lite",
+        "grpc",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "transformers",
+        "datasets",
+        "matplotlib",
+    ),
     *("PIL", "rich", "tyro", "pooch", "requests", "fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"),
     *("beartype", "hypothesis", "pytest"),
 )

@@ -6,7 +6,15 @@ from recollect.heads import grow
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import Explanation, MbPA
-from recollect.memory import ApproximateIndex, Context, DurableMemory, EpisodicMemory, ExactIndex, NeuralDictionary
+from recollect.memory import (
+    ApproximateIndex,
+    Context,
+    DurableMemory,
+    EpisodicMemory,
+    ExactIndex,
+    MilvusMemory,
+    NeuralDictionary,
+)
 from recollect.persistence import load, save
 from recollect.predictors import Mixture, NonParametric, Parametric, neural_cache
 
@@ -23,6 +31,7 @@ __all__ = [
     "Gaussian",
     "LocalAdaptation",
     "MbPA",
+    "MilvusMemory",
     "Mixture",
     "NeuralDictionary",
     "NonParametric",

@@ -83,6 +83,10 @@ class LockedError(RecollectError, BlockingIOError):
         self.holder = holder
 
 
+class UnreachableError(RecollectError, ConnectionError):
+    """A server or a file that a memory lies in did not answer in the time it was given."""
+
+
 class MissingExtraError(RecollectError, ImportError):
     """An optional dependency is not installed."""
 

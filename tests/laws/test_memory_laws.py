@@ -20,6 +20,7 @@ from recollect import (
     Gaussian,
     LocalAdaptation,
     MbPA,
+    MilvusMemory,
     Mixture,
     NonParametric,
     Parametric,
@@ -41,11 +42,17 @@ def make_episodic(folder: Path, capacity: int, key_size: int, **values) -> Memor
     return EpisodicMemory(capacity, key_size, **values)
 
 
+def make_milvus(folder: Path, capacity: int, key_size: int, **values) -> Memory:
+    folder.mkdir()
+    return MilvusMemory(folder / "memory.db", "entries", capacity=capacity, key_size=key_size, **values)
+
+
 # Each makes an empty memory of float32 keys in a new folder of its own. ``values`` are the arguments value_shape and
 # value_dtype; where they are left out, values are labels: shape (), dtype int64.
 MAKERS: dict[str, Callable[..., Memory]] = {
     "episodic": make_episodic,
     "durable": DurableMemory,
+    "milvus": make_milvus,
 }
 
 

@@ -7,6 +7,7 @@ from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index
 from recollect.memory.protocol import Context, Memory
+from recollect.memory.remote import MilvusMemory
 from recollect.memory.static import Static
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ExactIndex",
     "Index",
     "Memory",
+    "MilvusMemory",
     "NeuralDictionary",
     "Static",
 ]
