@@ -1,4 +1,4 @@
-"""The command line: ``recollect demo | explain | reproduce | lm | list | show``.
+"""The command line: ``recollect demo | explain | reproduce | lm | serve | list | show``.
 
 An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
 """
@@ -58,6 +58,7 @@ _USAGE = """recollect: episodic memory for PyTorch networks
   recollect list                  the names
   recollect lm train|evaluate     a language model of your own text files; --help lists the settings
   recollect show DIR              the table of a finished run
+  recollect serve FOLDER|--demo   a model and its memory behind HTTP, with a page to try them; --help lists the settings
 
 Each run writes its settings, results, table and figure into the folder given by --out, and goes on where it was
 when it is started again."""
@@ -108,8 +109,12 @@ def _dispatch(arguments: list[str]) -> int:
         _reproduce(rest)
     elif command == "lm":
         _language_model(rest)
+    elif command == "serve":
+        from recollect.serve.run import run
+
+        run(rest)
     else:
-        raise SettingError(f"there is no command {command!r}. There are: demo, explain, reproduce, lm, list, show.")
+        raise SettingError(f"there is no command {command!r}. There are: demo, explain, reproduce, lm, serve, list, show.")
     return 0
 
 
