@@ -6,7 +6,7 @@ from recollect.heads import grow
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import Explanation, MbPA
-from recollect.memory import ApproximateIndex, Context, EpisodicMemory, ExactIndex, NeuralDictionary
+from recollect.memory import ApproximateIndex, Context, DurableMemory, EpisodicMemory, ExactIndex, NeuralDictionary
 from recollect.persistence import load, save
 from recollect.predictors import Mixture, NonParametric, Parametric, neural_cache
 
@@ -16,6 +16,7 @@ __all__ = [
     "ApproximateIndex",
     "Categorical",
     "Context",
+    "DurableMemory",
     "EpisodicMemory",
     "ExactIndex",
     "Explanation",

@@ -1,4 +1,4 @@
-"""The command line: ``recollect demo | explain | reproduce | lm | serve | list | show``.
+"""The command line: ``recollect demo | explain | reproduce | lm | memory | serve | list | show``.
 
 An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
 """
@@ -57,6 +57,7 @@ _USAGE = """recollect: episodic memory for PyTorch networks
   recollect reproduce NAME        a table or figure of the paper; --help after the name lists its settings
   recollect list                  the names
   recollect lm train|evaluate     a language model of your own text files; --help lists the settings
+  recollect memory ...            look into a durable memory, check, export, import it; --help says how
   recollect show DIR              the table of a finished run
   recollect serve FOLDER|--demo   a model and its memory behind HTTP, with a page to try them; --help lists the settings
 
@@ -109,12 +110,17 @@ def _dispatch(arguments: list[str]) -> int:
         _reproduce(rest)
     elif command == "lm":
         _language_model(rest)
+    elif command == "memory":
+        from recollect import cli_memory
+
+        return cli_memory.main(rest)
     elif command == "serve":
         from recollect.serve.run import run
 
         run(rest)
     else:
-        raise SettingError(f"there is no command {command!r}. There are: demo, explain, reproduce, lm, serve, list, show.")
+        commands = "demo, explain, reproduce, lm, memory, serve, list, show"
+        raise SettingError(f"there is no command {command!r}. There are: {commands}.")
     return 0
 
 

@@ -66,6 +66,23 @@ class MissingDataError(RecollectError, FileNotFoundError):
     """A data set or a saved model is not where it should be (and cannot be downloaded)."""
 
 
+class StorageError(RecollectError, OSError):
+    """A memory on disk cannot be written or read: the disk is full, it was closed, or opened for reading only."""
+
+
+class LockedError(RecollectError, BlockingIOError):
+    """Another process, or another object in this one, writes to a memory on disk.
+
+    Args:
+        message: What is wrong.
+        holder: The process id of the one that does, where it is known.
+    """
+
+    def __init__(self, message: str, *, holder: int | None = None) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class MissingExtraError(RecollectError, ImportError):
     """An optional dependency is not installed."""
 

@@ -19,7 +19,8 @@ from recollect.adaptation.factored import Factored
 from recollect.errors import ShapeError, require, require_tensor, require_whole
 from recollect.kernels import Kernel, inverse_distance
 from recollect.likelihoods import Categorical, Likelihood
-from recollect.memory import Context, EpisodicMemory, Memory
+from recollect.memory import Context, Memory
+from recollect.memory.protocol import SharesEntries
 from recollect.predictors import Before, in_chunks, key_bytes, require_parts, undisturbed
 
 _SMALL = 64 * 2**20  # bytes of keys of a memory all of which a batch may find
@@ -126,7 +127,7 @@ class MbPA(nn.Module):
         adapter, memory, count = self._adapter, self.memory, len(self.memory)
         size, near = key_bytes(keys), min(self.neighbors, count)
         small = size * count <= _SMALL
-        if small and isinstance(memory, EpisodicMemory) and isinstance(adapter, Factored) and adapter.takes_entries:
+        if small and isinstance(adapter, Factored) and adapter.takes_entries and isinstance(memory, SharesEntries):
             predict, size = partial(self._step, adapter, memory), size + 64 * near + 8 * count
         else:
             predict, size = self._predict, size + size * near
@@ -139,7 +140,7 @@ class MbPA(nn.Module):
         return self.likelihood.predict(self._adapter(queries, context))
 
     def _step(
-        self, adapter: Factored, memory: EpisodicMemory, keys: Float[Tensor, "b d"], before: Before
+        self, adapter: Factored, memory: SharesEntries, keys: Float[Tensor, "b d"], before: Before
     ) -> Float[Tensor, "b c"]:
         """Predicts the same where the keys of each query's neighbors need not be repeated."""
         entries = memory.read_entries(keys, self.neighbors, kernel=self.kernel, before=before)

@@ -5,6 +5,7 @@ those of the tables below and nothing else, so a folder from a stranger runs no 
 beside it; ``snapshot.py`` writes and reads the two files.
 """
 
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from recollect.errors import FormatError, SettingError
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
-from recollect.memory import EpisodicMemory, ExactIndex, NeuralDictionary, Static
+from recollect.memory import DurableMemory, EpisodicMemory, ExactIndex, NeuralDictionary, Static
 from recollect.meta import LSTMOptimizer, MetaLSTM, Policy
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
@@ -89,6 +90,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance. Tensors are stored
     contiguously, from any device.
 
+    Of a ``DurableMemory`` the entries of this moment are saved; ``load`` returns them as an ``EpisodicMemory``, and what
+    lies in the memory's own folder stays as it is.
+
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
     at a time may save to a folder. A killed one leaves ``.<folder>.<number>.partial`` beside it, which the next save
     to the folder removes.
@@ -120,11 +124,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise SettingError(f"save takes a module (a predictor, a memory, a network), got {type(model).__name__}.")
-    found = _Description(model)
-    parameters = {name: t.requires_grad for name, t in found.tensors.items() if isinstance(t, nn.Parameter)}
-    evaluating = [path for path, module in model.named_modules() if not module.training]
-    description = {"model": found.model, "parameters": parameters, "evaluating": evaluating}
-    snapshot.write(Path(folder), description, found.tensors)
+    with contextlib.ExitStack() as stack:
+        for part in model.modules():
+            if isinstance(part, DurableMemory):  # another thread may write to it
+                stack.enter_context(part.held())
+        found = _Description(model)
+        parameters = {name: t.requires_grad for name, t in found.tensors.items() if isinstance(t, nn.Parameter)}
+        evaluating = [path for path, module in model.named_modules() if not module.training]
+        description = {"model": found.model, "parameters": parameters, "evaluating": evaluating}
+        snapshot.write(Path(folder), description, found.tensors)
 
 
 def load(folder: str | os.PathLike[str], *, modules: Mapping[str, nn.Module] | None = None) -> nn.Module:
@@ -183,9 +191,11 @@ class _Description:
     def _describe(self, module: nn.Module, path: str) -> Node:
         if id(module) in self._paths:
             return {"shared": self._paths[id(module)]}
+        self._paths[id(module)] = path
+        if isinstance(module, DurableMemory):
+            module = module.ring
         if not _is_known(module):
             return self._describe_foreign(module, path)
-        self._paths[id(module)] = path
         children, settings = _parts(module)
         settings = {name: _setting(value, _join(path, name)) for name, value in settings.items()}
         node: Node = {"class": type(module).__name__, "settings": settings}

@@ -27,7 +27,8 @@ from recollect.errors import (
     require_whole,
 )
 from recollect.language.collected import Collected
-from recollect.memory import EpisodicMemory, Memory, Static
+from recollect.memory import Memory, Static
+from recollect.memory.protocol import KeepsHistory
 from recollect.predictors import Predictor
 
 BLOCK = 256
@@ -292,7 +293,7 @@ def _score(
 
 def _at_once(memory: Memory, done: int) -> int:
     """Returns how many words can be written before the first of them is predicted, and nothing it sees is lost."""
-    history = memory.history if isinstance(memory, EpisodicMemory) else 0
+    history = memory.history if isinstance(memory, KeepsHistory) else 0
     return max(memory.capacity + history - done, history, 1)
 
 

@@ -2,6 +2,7 @@
 
 from recollect.memory.approximate import ApproximateIndex
 from recollect.memory.dictionary import NeuralDictionary
+from recollect.memory.durable import DurableMemory
 from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index
@@ -11,6 +12,7 @@ from recollect.memory.static import Static
 __all__ = [
     "ApproximateIndex",
     "Context",
+    "DurableMemory",
     "EpisodicMemory",
     "ExactIndex",
     "Index",

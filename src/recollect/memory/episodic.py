@@ -155,20 +155,26 @@ class EpisodicMemory(nn.Module):
         """
         new_keys, new_values = check_entries(self, keys, values)
         count, room = len(new_keys), len(self.queue)
+        slots = self.upcoming(count)
         if count == 0:
-            return self.queue[:0]
-        kept = min(count, room)
-        first = int(self.position) + count - kept
-        slots = self.queue[(first + torch.arange(kept, device=self.queue.device)) % room]
+            return slots
+        kept = len(slots)
         self.size.add_(count).clamp_(max=room)  # empty slots come first in the queue
         self.keys[slots] = new_keys[-kept:]
         self.values[slots] = new_values[-kept:]
         step = int(self.step) + count
         self.written[slots] = torch.arange(step - kept, step, device=slots.device)
         self.step.fill_(step)
-        self.position.fill_((first + kept) % room)
+        self.position.fill_((int(self.position) + count) % room)
         self.index.update(self.keys, self.written, slots)
         return slots
+
+    def upcoming(self, count: int) -> Int[Tensor, " n"]:
+        """Returns the slots that a batch of ``count`` entries would take, were it written now."""
+        room = len(self.queue)
+        kept = min(count, room)
+        first = int(self.position) + count - kept
+        return self.queue[(first + torch.arange(kept, device=self.queue.device)) % room]
 
     def read(
         self,

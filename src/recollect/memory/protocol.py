@@ -68,6 +68,28 @@ class Memory(Protocol):
     def clear(self) -> None: ...
 
 
+@runtime_checkable
+class SharesEntries(Protocol):
+    """A memory that can also hand out each entry once for a whole batch, which spares ``MbPA`` copies of keys."""
+
+    def read_entries(
+        self,
+        queries: Shaped[Tensor, "b d"],
+        neighbors: int,
+        *,
+        kernel: Kernel = inverse_distance(epsilon=1e-3),
+        before: int | Int[Tensor, " b"] | None = None,
+    ) -> Entries: ...
+
+
+@runtime_checkable
+class KeepsHistory(Protocol):
+    """A memory that answers for a while as it did before its oldest entries were overwritten."""
+
+    @property
+    def history(self) -> int: ...
+
+
 def normalize(log_weights: Float[Tensor, "b k"], hidden: Bool[Tensor, "b k"] | None) -> Float[Tensor, "b k"]:
     """Returns weights that sum to one over the neighbors; those ``hidden`` get 0, a row without others only zeros."""
     # The largest finite numbers instead of infinite ones: inf - inf is NaN.
