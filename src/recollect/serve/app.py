@@ -23,7 +23,12 @@ try:
 except ImportError as error:
     raise MissingExtraError("recollect serve needs FastAPI: pip install 'recollect[serve]'.") from error
 
-_PAGE = {"page.js": "text/javascript", "draw.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+_PAGE = {
+    "page.js": "text/javascript",
+    "draw.js": "text/javascript",
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
 _ABOUT = (
     "Predictions by a network whose output layer fits itself to its memories. What is observed counts from the next "
     "prediction on; nothing is trained."
@@ -44,19 +49,16 @@ class Desk:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._settings = settings
+        self.metrics = Metrics(entries=lambda: len(engine.memory), capacity=engine.memory.capacity)
         self._gatherer: Gatherer[Rows, list[Prediction]] = Gatherer(
             engine.predict,
             most=settings.gather,
             wait=settings.wait,
             room=settings.queue,
             seconds=settings.timeout,
-            told=lambda size: self.metrics.batch(size),
+            told=self.metrics.batch,
         )
-        self.metrics = Metrics(
-            entries=lambda: len(engine.memory),
-            capacity=engine.memory.capacity,
-            waiting=lambda: self._gatherer.size,
-        )
+        self.metrics.waiting(lambda: self._gatherer.size)
         self._samples = self._shown_samples()
         self._page = {name: _file(name) for name in ("index.html", *_PAGE)}
 
@@ -64,19 +66,19 @@ class Desk:
         """Predicts the class of each input."""
         content = await self._object(request, "inputs")
         rows = wire.inputs(content["inputs"], self._engine.service.input_shape, self._settings.inputs)
-        predictions = await self._gatherer.submit(rows, rows.count)
+        predictions = await self._gatherer.submit(rows, rows.size)
         return _json({"predictions": [prediction._asdict() for prediction in predictions]})
 
     async def observe(self, request: Request) -> Response:
         """Writes inputs and their labels to the memory; committed before it is answered."""
         content = await self._object(request, "inputs", "labels", optional="idempotency_key")
         rows = wire.inputs(content["inputs"], self._engine.service.input_shape, self._settings.inputs)
-        labels = wire.labels(content["labels"], rows.count)
+        labels = wire.labels(content["labels"], rows.size)
         key = wire.idempotency_key(request.headers.get("idempotency-key"), content.get("idempotency_key"))
         job = functools.partial(self._engine.observe, Observation(rows, labels, key))
-        observed = await self._gatherer.alone(job, rows.count)
+        observed = await self._gatherer.alone(job, rows.size)
         if not observed.is_replay:
-            self.metrics.observed.inc(rows.count)
+            self.metrics.observed.inc(rows.size)
         replayed = {"idempotency-replayed": "true"} if observed.is_replay else None
         return Response(observed.text, headers=replayed, media_type="application/json")
 
@@ -148,7 +150,9 @@ class Desk:
         samples = self._engine.service.samples
         if samples is None:
             return []
-        rows = samples.inputs if isinstance(samples.inputs, list) else samples.inputs.tolist()
+        rows = (
+            samples.inputs if isinstance(samples.inputs, list) else samples.inputs.double().round(decimals=4).tolist()
+        )
         return [{"label": label, "input": row} for row, label in zip(rows, samples.labels, strict=True)]
 
 

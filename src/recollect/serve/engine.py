@@ -15,10 +15,11 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from recollect.errors import SettingError
+from recollect.memory import DurableMemory
 from recollect.serve import wire
 from recollect.serve.journal import Announcement, Answer, Journal
 from recollect.serve.problems import RefusedError, is_of_the_disk, not_stored, refused
-from recollect.serve.service import Batch, Dated, Service
+from recollect.serve.service import Batch, Service, ring
 from recollect.serve.wire import Rows
 
 _BATCH = 256  # examples that are encoded at once
@@ -79,9 +80,8 @@ class Engine:
         try:
             return self.service.layer(self.service.keys(self.service.blank(1)))
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
-            raise SettingError(
-                f"the model fails on an input of shape {self.service.input_shape}: {error} Correct input_shape or encode."
-            ) from error
+            shape = self.service.input_shape
+            raise SettingError(f"the model fails on an input of shape {shape}: {error} Correct input_shape.") from error
 
     def _agreed_names(self) -> list[str]:
         """Returns the names of the classes, which the journal has kept if it is not new."""
@@ -104,8 +104,10 @@ class Engine:
         return self.outputs - len(self.names)
 
     def close(self) -> None:
-        """Closes the journal."""
+        """Closes journal and memory."""
         self._journal.close()
+        if isinstance(self.memory, DurableMemory):
+            self.memory.close()
 
     # Predictions ------------------------------------------------------------------------------------------------------
 
@@ -130,8 +132,8 @@ class Engine:
         answers: list[list[Prediction] | Exception] = []
         start = 0
         for part in parts:
-            own = rows[start : start + part.count]
-            start += part.count
+            own = rows[start : start + part.size]
+            start += part.size
             finite = all(math.isfinite(sum(row.probabilities)) for row in own)
             answers.append(own if finite else _diverged())
         return answers
@@ -172,9 +174,10 @@ class Engine:
 
     def _shown(self, slot: int) -> dict[str, Any]:
         """Returns when a slot was written, and the input that it came from, where these are known."""
-        if not isinstance(self.memory, Dated):
+        slots = ring(self.memory)
+        if slots is None:
             return {"written": None, "input": None}
-        written = int(self.memory.written[slot])
+        written = int(slots.written[slot])
         stored = self._journal.input(slot, written)
         if stored is None:
             return {"written": written, "input": None}
@@ -222,7 +225,8 @@ class Engine:
         if len(labels) > self.memory.capacity:
             raise _too_many(len(labels), self.memory.capacity)
         keys = self.service.keys(inputs)
-        step = int(self.memory.step) if isinstance(self.memory, Dated) else -1
+        before = ring(self.memory)
+        step = -1 if before is None else int(before.step)
         announced = bool(new) or key is not None
         if announced:
             self._journal.announce(Announcement(step, labels, new, key, digest))
@@ -246,21 +250,22 @@ class Engine:
 
     def _kept(self, slots: Int[Tensor, " n"], inputs: Batch) -> list[tuple[int, int, bytes]]:
         """Returns slot, write time and input of entries whose inputs can be shown."""
-        if not isinstance(self.memory, Dated) or not (self.service.is_picture or isinstance(inputs, list)):
+        now = ring(self.memory)
+        if now is None or not (self.service.is_picture or isinstance(inputs, list)):
             return []
-        return list(zip(slots.tolist(), self.memory.written[slots].tolist(), map(_bytes, inputs), strict=True))
+        return list(zip(slots.tolist(), now.written[slots].tolist(), map(_bytes, inputs), strict=True))
 
     def _recover(self) -> None:
         """Completes or drops a write that was announced and of which no more is known: a kill, or a full disk."""
         lost = self._journal.announced()
         if lost is None:
             return
-        memory = self.memory
-        if not isinstance(memory, Dated):
+        now = ring(self.memory)
+        if now is None:
             self._journal.complete(names=lost.names)  # nobody can say: names without entries do no harm
-        elif int(memory.step) > lost.step:
+        elif int(now.step) > lost.step:
             times = torch.arange(lost.step, lost.step + len(lost.labels))
-            slots = torch.cat([(memory.written == time).nonzero()[:, 0] for time in times])
+            slots = torch.cat([(now.written == time).nonzero()[:, 0] for time in times])
             answer = Answer(bytes.fromhex(lost.digest), self._answer(slots, lost.labels, lost.names))
             self._journal.complete(names=lost.names, key=lost.key, answer=answer)  # nothing is left of the pictures
         else:
@@ -284,13 +289,13 @@ class Engine:
         Raises:
             RefusedError: If the slot is empty, or holds another entry by now.
         """
-        memory = self.memory
-        if written is not None and isinstance(memory, Dated) and int(memory.written[slot]) not in (written, -1):
+        memory, now = self.memory, ring(self.memory)
+        if written is not None and now is not None and int(now.written[slot]) not in (written, -1):
             raise RefusedError(
                 409,
                 "overwritten",
                 got=f"slot {slot} as it was written at {written}",
-                need=f"what it holds now, written at {int(memory.written[slot])}",
+                need=f"what it holds now, written at {int(now.written[slot])}",
                 do="Ask for an explanation again: the memory you mean is gone.",
             )
         count = len(memory)
@@ -314,7 +319,7 @@ def _bytes(one: Shaped[Tensor, "h w"] | str) -> bytes:
 
 
 def _digest(wanted: Observation) -> str:
-    content = [wanted.rows.count, wanted.rows.numbers.tobytes().hex(), wanted.rows.texts, wanted.labels]
+    content = [wanted.rows.size, wanted.rows.numbers.tobytes().hex(), wanted.rows.texts, wanted.labels]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -20,23 +20,28 @@ class Metrics:
     Args:
         entries: Returns how many entries the memory has.
         capacity: How many it can have.
-        waiting: Returns how many inputs wait.
     """
 
-    def __init__(self, *, entries: Callable[[], int], capacity: int, waiting: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
-        here = {"registry": self._registry}
-        self._requests = Counter("recollect_requests", "Requests answered.", ("endpoint", "status"), **here)
+    def __init__(self, *, entries: Callable[[], int], capacity: int) -> None:
+        own = self._registry = CollectorRegistry()
+        self._requests = Counter("recollect_requests", "Requests answered.", ("endpoint", "status"), registry=own)
         self._seconds = Histogram(
-            "recollect_request_seconds", "Time to the answer.", ("endpoint",), buckets=_SECONDS, **here
+            "recollect_request_seconds", "Time to the answer.", ("endpoint",), buckets=_SECONDS, registry=own
         )
-        self._batches = Histogram("recollect_batch_inputs", "Inputs predicted in one batch.", buckets=_SIZES, **here)
-        self.observed = Counter("recollect_observed", "Entries written to the memory.", **here)
-        self.forgotten = Counter("recollect_forgotten", "Entries forgotten on request.", **here)
-        Gauge("recollect_memory_entries", "Entries in the memory.", **here).set_function(entries)
-        Gauge("recollect_memory_capacity", "Entries that it can hold.", **here).set(capacity)
-        Gauge("recollect_waiting_inputs", "Inputs that wait for the model.", **here).set_function(waiting)
+        self._batches = Histogram(
+            "recollect_batch_inputs", "Inputs predicted in one batch.", buckets=_SIZES, registry=own
+        )
+        self.observed = Counter("recollect_observed", "Entries written to the memory.", registry=own)
+        self.forgotten = Counter("recollect_forgotten", "Entries forgotten on request.", registry=own)
+        Gauge("recollect_memory_entries", "Entries in the memory.", registry=own).set_function(entries)
+        Gauge("recollect_memory_capacity", "Entries that it can hold.", registry=own).set(capacity)
         ProcessCollector(registry=self._registry)
+
+    def waiting(self, count: Callable[[], int]) -> None:
+        """Shows how many inputs wait."""
+        Gauge("recollect_waiting_inputs", "Inputs that wait for the model.", registry=self._registry).set_function(
+            count
+        )
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """Counts an answer."""

@@ -8,9 +8,8 @@ from types import FrameType
 from typing import NoReturn
 
 from recollect.errors import MissingExtraError
-from recollect.serve import settings, sources
+from recollect.serve import settings, sources, store
 from recollect.serve.engine import Engine
-from recollect.serve.journal import Journal
 
 
 def run(words: list[str]) -> None:
@@ -31,9 +30,8 @@ def run(words: list[str]) -> None:
     signal.signal(signal.SIGTERM, _end)
     logging.basicConfig(format="recollect: %(message)s", level=logging.WARNING)
     with _listen(chosen.host, chosen.port) as listening:
-        served = sources.service(chosen)
-        journal = None if served.folder is None else served.folder / "journal.sqlite"
-        engine = Engine(served, Journal(journal))
+        served = store.kept(sources.service(chosen))
+        engine = Engine(served, store.journal(served))
         config = uvicorn.Config(
             application(engine, chosen.settings),
             access_log=False,
@@ -43,7 +41,9 @@ def run(words: list[str]) -> None:
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"recollect serves {len(engine.names)} classes at http://{shown}:{port} (stop it with Ctrl-C)", flush=True)
+        print(
+            f"recollect serves {len(engine.names)} classes at http://{shown}:{port} (stop it with Ctrl-C)", flush=True
+        )
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has drained, and raises the signal that it was stopped by again

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect.errors import SettingError, ShapeError, require
 from recollect.likelihoods import Categorical
 from recollect.mbpa import MbPA
+from recollect.memory import DurableMemory, EpisodicMemory, Memory
 
 _NAME = 100  # characters of a class name at most
 
@@ -23,14 +24,6 @@ class Examples(NamedTuple):
 
     inputs: Batch
     labels: list[str]
-
-
-@runtime_checkable
-class Dated(Protocol):
-    """A memory that says when each slot was written (-1: it holds nothing), and how many entries ever were."""
-
-    written: Tensor
-    step: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,9 @@ class Service:
             names, each output is called by its number.
         examples: What an empty memory begins with, the first time it is served.
         samples: Inputs that the page offers to try.
-        folder: Where names, idempotency keys and pictures of what is taught are kept. Without one they last as long as
-            the process.
+        folder: Where the entries of an ``EpisodicMemory`` are kept: it becomes a ``DurableMemory`` there, beside the
+            names, idempotency keys and pictures of what is taught. Without one they last as long as the process, unless
+            the memory is durable by itself.
 
     Raises:
         SettingError: If a part is not what it should be.
@@ -57,8 +51,9 @@ class Service:
     Example:
         >>> from recollect import EpisodicMemory, LocalAdaptation, rules
         >>> memory = EpisodicMemory(capacity=100, key_size=4)
-        >>> layer = MbPA(nn.Linear(4, 3), memory, neighbors=5, adaptation=LocalAdaptation(rules.sgd(0.1), steps=5))
-        >>> service = Service(nn.Flatten(), layer, input_shape=(2, 2), classes=("cat", "dog"))
+        >>> adapt = LocalAdaptation(rules.sgd(0.1), steps=5)
+        >>> layer = MbPA(torch.nn.Linear(4, 3), memory, neighbors=5, adaptation=adapt)
+        >>> service = Service(torch.nn.Flatten(), layer, input_shape=(2, 2), classes=("cat", "dog"))
         >>> service.is_picture
         True
     """
@@ -70,7 +65,7 @@ class Service:
     classes: tuple[str, ...] = ()
     examples: Examples | None = None
     samples: Examples | None = None
-    folder: Path | None = None
+    folder: Path | str | None = None
 
     def __post_init__(self) -> None:
         require("layer", self.layer, MbPA, "an MbPA, which has a memory to teach")
@@ -116,6 +111,13 @@ class Service:
             got = tuple(keys.shape) if isinstance(keys, Tensor) else type(keys).__name__
             raise ShapeError(f"encode must map {len(inputs)} inputs to keys ({len(inputs)}, d), got {got}.")
         return keys
+
+
+def ring(memory: Memory) -> EpisodicMemory | None:
+    """Returns the slots of a memory with their write times (-1: empty), where it shows them."""
+    if isinstance(memory, DurableMemory):
+        return memory.ring
+    return memory if isinstance(memory, EpisodicMemory) else None
 
 
 def require_name(name: object) -> None:

@@ -44,9 +44,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("body", "inputs", "queue", "gather"):
             require_whole(name, getattr(self, name))
-        require_number("wait", self.wait, low=0)
-        require_number("timeout", self.timeout, above=0)
-        require_number("drain", self.drain, above=0)
+        require_number("wait", self.wait, low=0.0)
+        require_number("timeout", self.timeout, above=0.0)
+        require_number("drain", self.drain, above=0.0)
         token = self.token
         if token is not None and not (len(token) >= _LEAST and token.isascii() and token.isprintable()):
             raise SettingError(
@@ -62,6 +62,7 @@ class Command:
     model: str | None
     demo: bool
     classes: tuple[str, ...]
+    shape: tuple[int, ...] | None
     memory: Path | None
     host: str
     port: int
@@ -100,7 +101,9 @@ def command(words: list[str]) -> Command:
             "out to listen on this machine only."
         )
     names = tuple(name.strip() for name in chosen.classes.split(",")) if chosen.classes else ()
-    return Command(chosen.model, chosen.demo, names, chosen.memory, chosen.host, chosen.port, settings)
+    return Command(
+        chosen.model, chosen.demo, names, _shape(chosen.shape), chosen.memory, chosen.host, chosen.port, settings
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -111,6 +114,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in text.split(",")):
+        raise SettingError(f"--shape must be sizes above 0 with commas between, such as 3,32,32, got {text!r}.")
+    return tuple(int(size) for size in text.split(","))
 
 
 def _token(file: Path | None) -> str | None:
@@ -126,6 +137,7 @@ def _parser() -> _Parser:
     add("model", nargs="?", metavar="FOLDER | module:factory", help="what recollect.save wrote, or a function of yours")
     add("--demo", action="store_true", help="digits, one of which the network has never seen")
     add("--classes", metavar="A,B,...", help="the names of a saved model's outputs; by default their numbers")
+    add("--shape", metavar="N,N,...", help="of one input of a saved model, where its first layer does not say")
     add("--memory", type=Path, metavar="FOLDER", help="where what is taught is kept (FOLDER/memory; the demo: nowhere)")
     add("--host", default="127.0.0.1", help="default: %(default)s; another one needs a token")
     add("--port", type=int, default=8000, help="default: %(default)s; 0 takes any")

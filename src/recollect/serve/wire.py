@@ -27,7 +27,7 @@ Object = dict[str, object]
 class Rows(NamedTuple):
     """Inputs as they came: numbers one after the other, or texts."""
 
-    count: int
+    size: int
     numbers: array
     texts: list[str]
 

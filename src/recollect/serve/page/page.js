@@ -3,7 +3,7 @@
 import { Board, show } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.0005 ? 0 : 1)}%`;
+const percent = (share) => (share < 0.0005 ? "0%" : share > 0.9995 ? "100%" : `${(100 * share).toFixed(1)}%`);
 const state = { token: sessionStorage.getItem("token"), model: null, board: null, input: null, asked: 0, undo: null };
 
 class Refused extends Error {
@@ -113,10 +113,15 @@ async function look(input, done = (after) => `It says ${after.label}, ${percent(
   if (said) tell(said);
 }
 
+function verdict(id, label, share) {
+  $(id).textContent = label;
+  $(`${id}-share`).textContent = share;
+}
+
 const best = (prediction) => Math.max(...prediction.probabilities);
 
 function clear() {
-  for (const id of ["before", "after"]) $(id).textContent = "\u2013";
+  for (const id of ["before", "after"]) verdict(id, "\u2013", "");
   $("chances").tBodies[0].replaceChildren();
   $("memories").replaceChildren();
   $("seen").width = $("seen").height = 1;
@@ -124,8 +129,8 @@ function clear() {
 }
 
 function showAnswer({ before, after, classes, neighbors }) {
-  $("before").textContent = `${before.label}  ${percent(best(before))}`;
-  $("after").textContent = `${after.label}  ${percent(best(after))}`;
+  verdict("before", before.label, percent(best(before)));
+  verdict("after", after.label, percent(best(after)));
   const rows = classes.map((name, place) => ({ name, place, share: Math.max(before.probabilities[place], after.probabilities[place]) }))
     .filter(({ name }) => name !== null);
   const shown = rows.length > 12 ? rows.sort((one, other) => other.share - one.share).slice(0, 12) : rows;
@@ -158,7 +163,8 @@ function showChances(shown, before, after) {
 
 function tile(neighbor, label, added) {
   const { slot, weight, input } = neighbor;
-  const amount = `${added < 0 ? "\u2212" : "+"}${Math.abs(added).toFixed(2)} to ${label}`;
+  const sign = added < 0 ? "\u2212" : "+";
+  const amount = Math.abs(added) < 0.005 ? "nothing" : `${sign}${Math.abs(added).toFixed(2)} to ${label}`;
   const button = make("button", {
     type: "button",
     class: "tile",
@@ -174,7 +180,7 @@ function tile(neighbor, label, added) {
   button.append(
     make("strong", {}, make("span", { text: neighbor.label }), make("span", { class: "forget", text: "forget" })),
     make("span", { class: "quiet", text: `weight ${percent(weight)}` }),
-    make("span", { class: "quiet", text: amount }),
+    make("span", { class: "quiet", text: amount === "nothing" ? "added nothing" : amount }),
   );
   button.addEventListener("click", () => attempt(() => forget(neighbor)));
   return make("li", {}, button);
@@ -191,7 +197,7 @@ async function teach(label) {
     tell("Draw something first.", { wrong: true });
     return;
   }
-  const said = $("after").textContent;
+  const said = `${$("after").textContent} ${$("after-share").textContent}`;
   const { new_classes: created } = await observe(input, label);
   await refresh();
   await look(input, (after) => `Remembered as ${label}${created.length ? ", a new class" : ""}. ` +
