@@ -82,7 +82,7 @@ def test_a_prediction_sees_all_or_nothing_of_a_write() -> None:
         thread.start()
         for _ in range(60):
             answer = server.client.post("/v1/explain", json={"input": strange}).json()
-            near = [neighbor["label"] for neighbor in answer["neighbors"] if neighbor["distance"] == 0]
+            near = [neighbor["label"] for neighbor in answer["neighbors"] if neighbor["distance"] < 1e-9]
             seen.add(tuple(near))
         stop.set()
         thread.join()
@@ -116,7 +116,7 @@ def test_a_lonely_request_does_not_wait_and_a_busy_worker_gathers() -> None:
         return [10 * item for item in items]
 
     async def test() -> None:
-        gatherer = Gatherer(work, most=4, wait=5.0, room=100, seconds=20, told=lambda size: None)
+        gatherer = Gatherer(work, most=4, wait=5.0, room=100, seconds=20.0, told=lambda size: None)
         first = asyncio.create_task(gatherer.submit(1, 1))
         while not batches:
             await asyncio.sleep(0.001)

@@ -50,7 +50,7 @@ def teachable(seed: int = 0) -> Teachable:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encode, head = _network(side), nn.Linear(_KEY, UNSEEN)
-    _fit(encode, head, train.take(train.labels != UNSEEN), side, generator)
+    _fit(encode, head, train.take((train.labels != UNSEEN).nonzero()[:, 0]), side, generator)
     memory = EpisodicMemory(capacity=1_000, key_size=_KEY)
     adaptation = LocalAdaptation(rules.sgd(0.1), steps=10)
     layer = MbPA(grow(head, UNSEEN + 1 + _ROOM), memory, neighbors=5, adaptation=adaptation)

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -18,6 +19,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPEN = {"/", "/healthz", "/readyz"}  # without a token: the page asks for one
 _PAGE = "/page/"
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::\d+)?")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -99,10 +101,8 @@ _NO_TOKEN = RefusedError(
 
 def _name(host: bytes) -> str:
     """Returns the name in a Host header: without the port, and an IPv6 address without its brackets."""
-    text = host.decode("latin-1").strip()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.rpartition(":")[0] if text.count(":") == 1 else text
+    found = _HOST.fullmatch(host.decode("latin-1"))
+    return "" if found is None else found[1] or found[2]
 
 
 async def _refuse(problem: RefusedError, send: Send) -> None:
