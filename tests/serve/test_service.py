@@ -184,7 +184,8 @@ def test_keys_that_make_no_sense_are_refused(served: Running) -> None:
     for key in ("", "k" * 201, "\n", "é", "\ud800"):
         answer = served.client.post("/v1/observe", content=json.dumps(content | {"idempotency_key": key}), headers=JSON)
         error_of(answer, 422, "bad_key")
-    error_of(served.client.post("/v1/observe", json=content | {"idempotency_key": 7}), 422, "wrong_type")
+    for key in (7, None):
+        error_of(served.client.post("/v1/observe", json=content | {"idempotency_key": key}), 422, "wrong_type")
     assert len(served.engine.memory) == 12
 
 

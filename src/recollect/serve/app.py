@@ -74,7 +74,7 @@ class Desk:
         content = await self._object(request, "inputs", "labels", optional="idempotency_key")
         rows = wire.inputs(content["inputs"], self._engine.service.input_shape, self._settings.inputs)
         labels = wire.labels(content["labels"], rows.size)
-        key = wire.idempotency_key(request.headers.get("idempotency-key"), content.get("idempotency_key"))
+        key = wire.idempotency_key(request.headers.get("idempotency-key"), content)
         job = functools.partial(self._engine.observe, Observation(rows, labels, key))
         observed = await self._gatherer.alone(job, rows.size)
         if not observed.is_replay:

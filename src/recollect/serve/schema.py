@@ -4,6 +4,7 @@ from typing import Any
 
 from recollect.serve.service import Service
 from recollect.serve.settings import Settings
+from recollect.serve.wire import LARGEST
 
 Schema = dict[str, Any]
 
@@ -65,7 +66,7 @@ def one_input(service: Service) -> Schema:
     """Returns the schema of one input."""
     if service.input_shape is None:
         return {"type": "string", "maxLength": 100_000}
-    schema: Schema = {"type": "number", "minimum": -3.4e38, "maximum": 3.4e38}
+    schema: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
     for size in reversed(service.input_shape):
         schema = {"type": "array", "items": schema, "minItems": size, "maxItems": size}
     return schema

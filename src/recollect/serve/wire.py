@@ -17,7 +17,7 @@ from recollect.errors import SettingError
 from recollect.serve.problems import RefusedError
 from recollect.serve.service import require_name
 
-_LARGEST = 3.4028234663852886e38  # of float32
+LARGEST = 3.4028234663852886e38  # of float32
 _KEY = 200  # characters of an idempotency key at most
 _TEXT = 100_000  # characters of an input at most
 
@@ -100,10 +100,10 @@ def inputs(value: object, shape: tuple[int, ...] | None, most: int, name: str = 
     if not set(map(type, level)) <= {int, float}:
         place = next(place for place, number in enumerate(level) if type(number) not in (int, float))
         raise wrong(f"{name}[{place // math.prod(shape)}]", level[place], f"{need}, and no other elements")
-    if not (min(level) >= -_LARGEST and max(level) <= _LARGEST):
-        place = next(place for place, number in enumerate(level) if not abs(number) <= _LARGEST)
+    if not (min(level) >= -LARGEST and max(level) <= LARGEST):
+        place = next(place for place, number in enumerate(level) if not abs(number) <= LARGEST)
         got = f"a number beyond float32 in {name}[{place // math.prod(shape)}]"
-        raise _unfit("not_finite", got, f"numbers from -{_LARGEST:.3g} to {_LARGEST:.3g}", "Scale the inputs down.")
+        raise _unfit("not_finite", got, f"numbers from -{LARGEST:.3g} to {LARGEST:.3g}", "Scale the inputs down.")
     return Rows(len(value), array("f", level), [])
 
 
@@ -127,18 +127,19 @@ def labels(value: object, count: int) -> list[str]:
     return names
 
 
-def idempotency_key(header: str | None, field: object) -> str | None:
+def idempotency_key(header: str | None, content: Object) -> str | None:
     """Returns the key of a request, from its header or from its body.
 
     Raises:
         RefusedError: If the two differ, or it is no short text.
     """
-    if field is not None and type(field) is not str:
+    field = content.get("idempotency_key")
+    if "idempotency_key" in content and type(field) is not str:
         raise wrong("idempotency_key", field, "a text")
     if header is not None and field is not None and header != field:
         got = "another key in the Idempotency-Key header than in the body"
         raise _unfit("two_keys", got, "one idempotency key", "Leave one of them out.")
-    key = field if header is None else header
+    key = str(field) if header is None and field is not None else header
     if key is not None and not (0 < len(key) <= _KEY and key.isascii() and key.isprintable()):
         need = f"1 to {_KEY} printable ASCII characters, such as a UUID"
         raise _unfit("bad_key", f"an idempotency key of {len(key)} characters", need, "Make another key.")
