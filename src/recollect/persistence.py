@@ -90,8 +90,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     another index than ``ExactIndex``) only the tensors are saved, and ``load`` asks for an instance. Tensors are stored
     contiguously, from any device.
 
-    Of a ``DurableMemory`` the entries of this moment are saved; ``load`` returns them as an ``EpisodicMemory``, and what
-    lies in the memory's own folder stays as it is.
+    Of a ``DurableMemory`` the entries of this moment are saved; ``load`` returns them as an ``EpisodicMemory``, and
+    what lies in the memory's own folder stays as it is.
 
     The folder holds either the old save or the new one, complete, whenever the process is killed. Only one process
     at a time may save to a folder. A killed one leaves ``.<folder>.<number>.partial`` beside it, which the next save

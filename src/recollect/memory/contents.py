@@ -54,7 +54,8 @@ def load(database: Database, index: Index | None = None, *, advance: Advance = l
             part = slice(first, first + len(records.stamps))
             ring.keys[part], ring.values[part], stamps[part] = records.keys, records.values, records.stamps
             advance(len(records.stamps))
-    _settle(database, ring, stamps, state)
+    _check(database, stamps, state)
+    _settle(ring, stamps, state)
     ring.index.rebuild(ring.keys, ring.written)
     return Contents(ring, stamps, state)
 
@@ -64,6 +65,8 @@ class Changes(NamedTuple):
 
     slots: Int[Tensor, " n"]
     records: Records
+    stamps: Int[Tensor, " m"]
+    """Those of all slots."""
     state: State
 
 
@@ -74,36 +77,34 @@ def changes(database: Database, contents: Contents) -> Changes | None:
         FormatError: If the file is damaged.
     """
     parts: list[tuple[Tensor, Records]] = []
+    stamps = contents.stamps.clone()
     with database.reading() as state:
         if state.epoch != contents.state.epoch:
             return None
         blocks = database.blocks(contents.state.version) if state.version != contents.state.version else ()
         for number, blob in blocks:
             first, records = _unpack(database, number, blob, bytearray(len(blob)))
-            new = (records.stamps != contents.stamps[first : first + len(records.stamps)]).nonzero().squeeze(1)
-            parts.append((new + first, Records(*(part[new] for part in records))))
+            part = stamps[first : first + len(records.stamps)]
+            new = (records.stamps != part).nonzero().squeeze(1)
+            parts.append((new + first, Records(*(column[new] for column in records))))
+            part.copy_(records.stamps)
+    _check(database, stamps, state)
     if not parts:
-        none = Records(contents.stamps[:0], contents.ring.keys[:0].cpu(), contents.ring.values[:0].cpu())
-        return Changes(contents.stamps[:0], none, state)
+        nothing = Records(stamps[:0], contents.ring.keys[:0].cpu(), contents.ring.values[:0].cpu())
+        return Changes(stamps[:0], nothing, stamps, state)
     slots = torch.cat([slots for slots, _ in parts])
     columns = zip(*(records for _, records in parts), strict=True)
-    return Changes(slots, Records(*(torch.cat(column) for column in columns)), state)
+    return Changes(slots, Records(*(torch.cat(column) for column in columns)), stamps, state)
 
 
-def apply(database: Database, contents: Contents, changed: Changes) -> Contents:
-    """Brings the ring up to date, and returns the new contents.
-
-    Raises:
-        FormatError: If the file is damaged; then nothing has changed.
-    """
-    ring, stamps = contents.ring, contents.stamps.clone()
-    stamps[changed.slots] = changed.records.stamps
-    _settle(database, ring, stamps, changed.state)
+def apply(ring: EpisodicMemory, changed: Changes) -> Contents:
+    """Brings a ring up to date, and returns the new contents."""
     slots = changed.slots.to(ring.keys.device)
     ring.keys[slots] = changed.records.keys.to(ring.keys.device)
     ring.values[slots] = changed.records.values.to(ring.keys.device)
+    _settle(ring, changed.stamps, changed.state)
     ring.index.update(ring.keys, ring.written, slots)
-    return Contents(ring, stamps, changed.state)
+    return Contents(ring, changed.stamps, changed.state)
 
 
 def replace(database: Database, ring: EpisodicMemory, state: State, *, advance: Advance = lambda slots: None) -> State:
@@ -170,13 +171,16 @@ def _unpack(database: Database, number: int, blob: bytes, scratch: bytearray) ->
     return first, Records(*(part[:count] for part in records))
 
 
-def _settle(database: Database, ring: EpisodicMemory, stamps: Int[Tensor, " n"], state: State) -> None:
-    """Sets what a ring says of its slots; its keys and values are set by the caller."""
-    written = (stamps - 1).clamp(min=-1)
-    size, newest = int((written >= 0).sum()), int(written.max())
+def _check(database: Database, stamps: Int[Tensor, " n"], state: State) -> None:
+    """Refuses slots that are not those that the state speaks of."""
+    size, newest = int((stamps > 0).sum()), int(stamps.max()) - 1
     if size != state.size or newest >= state.step or not 0 <= state.position < len(stamps):
         raise database.damaged(f"it holds {size} entries until time {newest}, and says {state}")
-    ring.written.copy_(written)
+
+
+def _settle(ring: EpisodicMemory, stamps: Int[Tensor, " n"], state: State) -> None:
+    """Sets what a ring says of its slots; its keys and values are set by the caller."""
+    ring.written.copy_((stamps - 1).clamp(min=-1))
     ring.queue.copy_(order(stamps).roll(state.position))
     ring.position.fill_(state.position)
     ring.step.fill_(state.step)

@@ -129,7 +129,8 @@ class Database:
 
     def __init__(self, folder: Path, *, write: bool, sync: Sync = "full") -> None:
         self.path = folder / _FILE
-        _check_header(self.path)
+        check_header(folder)
+        self._check_length()
         with _explained(self.path):
             self._connection = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?mode={'rw' if write else 'ro'}",
@@ -146,6 +147,13 @@ class Database:
         if write:
             with _explained(self.path):
                 self._made.update(number for (number,) in self._connection.execute("SELECT number FROM blocks"))
+
+    def _check_length(self) -> None:
+        """Refuses a file that lacks its end. While there is a log, the end may still be in that."""
+        header, log = _first_bytes(self.path), self.path.with_name(f"{_FILE}-wal")
+        pages, size = int.from_bytes(header[28:32]), self.path.stat().st_size
+        if size < pages * _PAGE and not (log.exists() and log.stat().st_size):
+            raise self.damaged(f"it is truncated: got {size} bytes, need {pages * _PAGE}")
 
     def _read_settings(self) -> Settings:
         try:
@@ -259,13 +267,18 @@ class Database:
 _RESTORE = "It was left as it is: restore a copy of the folder, or import an export of it elsewhere."
 
 
-def _check_header(path: Path) -> None:
-    """Looks at the first bytes, before SQLite does: it may change a file that it opens."""
+def check_header(folder: Path) -> None:
+    """Looks at the first bytes, before SQLite does: it may change a file that it opens.
+
+    Raises:
+        MissingDataError: If there is no file.
+        FormatError: If it is not a memory's, or a newer version's.
+    """
+    path = folder / _FILE
     try:
-        with path.open("rb") as file:
-            header = file.read(100)
+        header = _first_bytes(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingDataError(f"there is no memory in {path.parent}: it has no {path.name}.") from error
+        raise MissingDataError(f"there is no memory in {folder}: it has no {_FILE}.") from error
     if len(header) < 100 or not header.startswith(_MAGIC) or int.from_bytes(header[68:72]) != _APPLICATION:
         raise FormatError(f"{path} is not the file of a memory, or damaged. Name another folder. {_RESTORE}")
     version = int.from_bytes(header[60:64])
@@ -274,6 +287,11 @@ def _check_header(path: Path) -> None:
             f"{path} has format version {version}, and this recollect reads version {_VERSION}. Update recollect: "
             "pip install -U recollect."
         )
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(100)
 
 
 @contextmanager

@@ -288,7 +288,7 @@ class DurableMemory(nn.Module):
                 return 0
             with self._reading:
                 self._torn = True
-                self._contents = contents.apply(self._database, self._contents, changed)
+                self._contents = contents.apply(self.ring, changed)
                 self._torn = False
             return len(changed.slots)
 

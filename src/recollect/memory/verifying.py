@@ -11,7 +11,7 @@ from torch import Tensor
 from recollect.errors import FormatError
 from recollect.memory.checks import too_large
 from recollect.memory.contents import Advance
-from recollect.memory.database import Database, State
+from recollect.memory.database import Database, State, check_header
 
 
 def problems(folder: Path, *, advance: Advance = lambda slots: None) -> list[str]:
@@ -22,8 +22,9 @@ def problems(folder: Path, *, advance: Advance = lambda slots: None) -> list[str
         FormatError: If it is not a memory's, or a newer version's.
         StorageError: If it cannot be read.
     """
-    with closing(Database(folder, write=False)) as database:
-        try:
+    check_header(folder)
+    try:
+        with closing(Database(folder, write=False)) as database:
             found = database.integrity()
             stamps = torch.zeros(database.settings.slots, dtype=torch.long)
             with database.reading() as state:
@@ -31,8 +32,8 @@ def problems(folder: Path, *, advance: Advance = lambda slots: None) -> list[str
                     found += _in_block(database, number, blob, stamps)
                     advance(database.per_block)
             return found + list(_in_order(stamps, state))
-        except FormatError as error:  # SQLite could not go on
-            return [str(error)]
+    except FormatError as error:  # it cannot be read to its end
+        return [str(error)]
 
 
 def _in_block(database: Database, number: int, blob: bytes, stamps: Int[Tensor, " n"]) -> list[str]:
