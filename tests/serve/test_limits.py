@@ -117,11 +117,22 @@ def chunks(size: int) -> Iterator[bytes]:
 @pytest.mark.parametrize("how", ["whole", "chunked"])
 def test_a_body_of_100_mb_is_refused_and_the_service_goes_on(how: str) -> None:
     size = 100 * 2**20
-    with running() as server:
+    with running(settings=Settings(timeout=60.0)) as server:
         content = b" " * size if how == "whole" else chunks(size)
         answer = server.client.post("/v1/predict", content=content, headers=JSON)
         error_of(answer, 413, "too_large")
         assert server.client.post("/v1/predict", json={"inputs": [picture(1)]}).status_code == 200
+
+
+def test_what_is_too_large_is_so_even_if_its_end_never_comes() -> None:
+    with running(settings=Settings(timeout=0.5, body=1000)) as server:
+        address, _, port = server.url.removeprefix("http://").partition(":")
+        with socket.create_connection((address, int(port)), timeout=30) as slow:
+            slow.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 9000\r\n\r\n" + b" " * 2000
+            )
+            assert slow.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 def test_who_asks_first_is_told_before_sending() -> None:
@@ -252,7 +263,7 @@ def test_a_saved_model_is_served_and_its_folder_keeps_what_it_is_taught(tmp_path
                 body = {"inputs": made.examples.inputs.tolist()}
                 got = client.post("/v1/predict", json=body, headers=headers).json()["predictions"]
                 assert [row["probabilities"] for row in got] == [pytest.approx(row, abs=1e-6) for row in truth]
-            body = {"inputs": [picture(1)], "labels": [4]}
+            body = {"inputs": [picture(1)], "labels": ["4"]}
             assert client.post("/v1/observe", json=body, headers=headers).status_code == 200
             service.process.send_signal(signal.SIGTERM)
             assert service.ended() == 0

@@ -1,5 +1,6 @@
 """The page in a real browser: draw, predict, teach, forget; by mouse, by keys alone, by finger on a narrow screen."""
 
+import importlib.resources
 import re
 import shutil
 from collections.abc import Iterator
@@ -215,3 +216,11 @@ def test_nothing_may_be_run_that_is_not_in_the_package(browser: Browser, server:
     assert page.title() == "recollect"
     assert any("Content Security Policy" in text for text in refused)
     page.close()
+
+
+def test_the_package_has_the_page() -> None:
+    folder = importlib.resources.files("recollect.serve") / "page"
+    assert {file.name for file in folder.iterdir()} == {"index.html", "style.css", "page.js", "draw.js", "icon.svg"}
+    page = (folder / "index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!/page/)", page)
+    assert "style=" not in page

@@ -89,11 +89,6 @@ def test_an_explanation_is_that_of_the_layer(served: Running) -> None:
     assert [n["label"] for n in answer["neighbors"]] == [served.engine.names[v] for v in why.values.tolist()]
 
 
-def test_numbers_name_classes_too(served: Running) -> None:
-    assert post(served.client, "/v1/observe", inputs=[picture(1)], labels=[7])["new_classes"] == ["7"]
-    assert post(served.client, "/v1/observe", inputs=[picture(1)], labels=["7"])["new_classes"] == []
-
-
 def test_where_no_room_is_left_a_new_class_is_refused_and_nothing_stored(served: Running) -> None:
     three = {"inputs": [picture(s) for s in range(3)], "labels": ["dodo", "emu", "fox"]}
     error = error_of(served.client.post("/v1/observe", json=three), 422, "no_room")
@@ -238,7 +233,7 @@ def test_an_error_names_the_place(served: Running) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [[], ["ant", "bee"], "ant", [None], [True], [1.5], [-1], [10**9], [""], [" "], ["x" * 101], ["a\nb"], ["\ud800"]],
+    [[], ["ant", "bee"], "ant", [None], [True], [1.5], [7], [""], [" "], ["x" * 101], ["a\nb"], ["\ud800"]],
 )
 def test_labels_that_make_no_sense_are_refused(served: Running, labels: object) -> None:
     content = json.dumps({"inputs": [picture(1)], "labels": labels})

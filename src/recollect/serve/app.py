@@ -170,6 +170,7 @@ def application(engine: Engine, settings: Settings) -> FastAPI:
     app.add_exception_handler(RefusedError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_address)
     app.add_exception_handler(ClientGoneError, _nobody)
+    app.add_exception_handler(Exception, _broken)
     app.add_middleware(Guard, token=settings.token, told=desk.metrics.answered)
     return app
 
@@ -221,6 +222,14 @@ async def _refuse_address(request: Request, error: Exception) -> Response:
         do="Correct the address or the method.",
     )
     return _json(problem.content, problem.status, dict(error.headers or {}))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Answers where this code is wrong; the traceback goes to the log."""
+    problem = RefusedError(
+        500, "broken", got="a request that recollect fails on", need="a correction of recollect", do="Please report it."
+    )
+    return _json(problem.content, problem.status)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ from recollect.serve.problems import RefusedError, is_of_the_disk, not_stored, r
 from recollect.serve.service import Batch, Service, ring
 from recollect.serve.wire import Rows
 
-_BATCH = 256  # examples that are encoded at once
+_BATCH = 256  # inputs that are encoded at once
 _SHADES = 255  # of gray in which pictures are kept
 _LOG = logging.getLogger("recollect.serve")
 
@@ -69,11 +69,10 @@ class Engine:
         self.outputs = self._try().shape[-1]
         self._recover()
         self.names = self._agreed_names()
-        if journal.begin() and service.examples is not None and len(self.memory) == 0:
-            inputs, names = service.examples
-            for start in range(0, len(names), _BATCH):
-                part = slice(start, start + _BATCH)
-                self._write(inputs[part], names[part], None, "")
+        if not journal.has_begun():
+            if service.examples is not None and service.examples.labels and len(self.memory) == 0:
+                self._write(*service.examples, key=None, digest="")
+            journal.begin()  # last: examples that a kill has kept out are written at the next start
 
     def _try(self) -> Float[Tensor, "1 c"]:
         """Predicts for an empty input: what does not fit each other shows at the start."""
@@ -146,7 +145,7 @@ class Engine:
         except Exception as error:
             raise refused(error) from error
         before, after = why.before.exp(), why.after.exp()
-        if not bool(after.isfinite().all() and why.contributions.isfinite().all()):
+        if not all(bool(part.isfinite().all()) for part in (before, after, why.contributions, why.distances)):
             raise _diverged()
         named = slice(len(self.names))
         neighbors = [
@@ -178,7 +177,11 @@ class Engine:
         if slots is None:
             return {"written": None, "input": None}
         written = int(slots.written[slot])
-        stored = self._journal.input(slot, written)
+        try:
+            stored = self._journal.input(slot, written)
+        except sqlite3.Error as error:
+            _LOG.warning("the journal cannot be read: %s", error)
+            stored = None
         if stored is None:
             return {"written": written, "input": None}
         if not self.service.is_picture:
@@ -214,17 +217,19 @@ class Engine:
             return Observed(known.text, is_replay=True)
         inputs = wire.joined([wanted.rows], self.service.input_shape)
         try:
-            return Observed(self._write(inputs, wanted.labels, wanted.key, digest), is_replay=False)
+            text = self._write(inputs, wanted.labels, key=wanted.key, digest=digest)
         except Exception as error:
             raise (not_stored if is_of_the_disk(error) else refused)(error) from error
+        return Observed(text, is_replay=False)
 
-    def _write(self, inputs: Batch, labels: list[str], key: str | None, digest: str) -> str:
+    def _write(self, inputs: Batch, labels: list[str], *, key: str | None, digest: str) -> str:
         """Writes to memory and journal; returns the answer."""
         new = self._new_names(labels)
         number = {name: place for place, name in enumerate([*self.names, *new])}
         if len(labels) > self.memory.capacity:
             raise _too_many(len(labels), self.memory.capacity)
-        keys = self.service.keys(inputs)
+        parts = [self.service.keys(inputs[start : start + _BATCH]) for start in range(0, len(labels), _BATCH)]
+        keys = torch.cat(parts)
         before = ring(self.memory)
         step = -1 if before is None else int(before.step)
         announced = bool(new) or key is not None

@@ -126,16 +126,18 @@ async def read_body(scope: Scope, receive: Receive, *, most: int, seconds: float
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     length = headers.get(b"content-length", b"")
     announced = int(length) if length.isdigit() else 0
+    if announced > most and b"expect" in headers:  # it waits for a word from us
+        raise _too_large(most)
+    body = bytearray()
     try:
         async with asyncio.timeout(seconds):
-            if announced > most and b"expect" in headers:  # it waits for a word from us
-                raise _too_large(most)
-            body = await _read(receive, most)
+            await _read(receive, body, most)
     except TimeoutError as error:
-        raise RefusedError(
-            408, "too_slow", got=f"no complete body within {seconds:g} s", need="all of it", do="Send it again."
-        ) from error
-    if body is None:
+        if len(body) <= most:
+            raise RefusedError(
+                408, "too_slow", got=f"no complete body within {seconds:g} s", need="all of it", do="Send it again."
+            ) from error
+    if len(body) > most:
         raise _too_large(most)
     if kind != b"application/json":
         shown = kind.decode("latin-1")[:60] or "no content type"
@@ -146,25 +148,19 @@ async def read_body(scope: Scope, receive: Receive, *, most: int, seconds: float
             need="the header Content-Type: application/json",
             do="Set it.",
         )
-    return body
+    return bytes(body)
 
 
-async def _read(receive: Receive, most: int) -> bytes | None:
-    """Returns a body, or None where it is larger than ``most``."""
-    chunks: list[bytes] = []
-    size = 0
+async def _read(receive: Receive, body: bytearray, most: int) -> None:
+    """Reads a body to its end, and keeps it as long as it is not larger than ``most``."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size <= most:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
+        if len(body) <= most:
+            body += message.get("body", b"")
         if not message.get("more_body", False):
-            return b"".join(chunks) if size <= most else None
+            return
 
 
 class ClientGoneError(Exception):

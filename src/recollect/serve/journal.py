@@ -95,10 +95,13 @@ class Journal:
         """Returns the names of the classes, by output."""
         return [name for (name,) in self._data.execute("SELECT name FROM classes ORDER BY number")]
 
-    def begin(self) -> bool:
-        """Returns whether this is the first time, and remembers that it was."""
-        with self._data:
-            return self._data.execute("INSERT OR IGNORE INTO begun VALUES (0)").rowcount == 1
+    def has_begun(self) -> bool:
+        """Returns whether ``begin`` was called, by whatever process."""
+        return self._data.execute("SELECT count(*) FROM begun").fetchone()[0] > 0
+
+    def begin(self) -> None:
+        """Remembers that the memory has what it begins with."""
+        self._data.execute("INSERT OR IGNORE INTO begun VALUES (0)")
 
     def answer(self, key: str) -> Answer | None:
         """Returns what was answered under an idempotency key."""

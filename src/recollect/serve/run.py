@@ -36,6 +36,7 @@ def run(words: list[str]) -> None:
             application(engine, chosen.settings),
             access_log=False,
             log_config=None,
+            ws="none",
             server_header=False,
             timeout_graceful_shutdown=round(chosen.settings.drain),
         )

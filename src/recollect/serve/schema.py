@@ -80,8 +80,7 @@ def many_inputs(service: Service, settings: Settings) -> Schema:
 def labels(settings: Settings) -> Schema:
     """Returns the schema of the labels of a batch."""
     name = {"type": "string", "minLength": 1, "maxLength": 100}
-    number = {"type": "integer", "minimum": 0, "maximum": 999_999_999}
-    return {"type": "array", "items": {"anyOf": [name, number]}, "minItems": 1, "maxItems": settings.inputs}
+    return {"type": "array", "items": name, "minItems": 1, "maxItems": settings.inputs}
 
 
 KEY_FIELD: Schema = {"idempotency_key": _KEY}

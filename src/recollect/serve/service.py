@@ -96,8 +96,8 @@ class Service:
         return self.input_shape is not None and len(self.input_shape) == 2
 
     def blank(self, count: int) -> Batch:
-        """Returns empty inputs."""
-        return [""] * count if self.input_shape is None else torch.zeros(count, *self.input_shape)
+        """Returns inputs that say nothing."""
+        return ["a text"] * count if self.input_shape is None else torch.zeros(count, *self.input_shape)
 
     def keys(self, inputs: Batch) -> Shaped[Tensor, "b d"]:
         """Returns the inputs' keys.

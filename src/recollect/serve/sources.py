@@ -4,9 +4,9 @@ import dataclasses
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from recollect.errors import SettingError
 from recollect.mbpa import MbPA
@@ -14,9 +14,6 @@ from recollect.memory import EpisodicMemory
 from recollect.persistence import load
 from recollect.serve.service import Examples, Service
 from recollect.serve.settings import Command
-
-if TYPE_CHECKING:
-    from recollect.data import Dataset
 
 
 def service(command: Command) -> Service:
@@ -78,16 +75,16 @@ def demo() -> Service:
     made = teachable()
     side = made.side
 
-    def examples(data: "Dataset") -> Examples:
-        return Examples(data.inputs.view(-1, side, side), [str(label) for label in data.labels.tolist()])
+    def examples(inputs: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Examples:
+        return Examples(inputs.view(-1, side, side), [str(label) for label in labels.tolist()])
 
     return Service(
         made.encode,
         made.layer,
         input_shape=(side, side),
         classes=tuple(map(str, range(UNSEEN))),
-        examples=examples(made.known),
-        samples=examples(made.samples),
+        examples=examples(*made.known),
+        samples=examples(*made.samples),
     )
 
 

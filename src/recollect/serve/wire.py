@@ -108,23 +108,20 @@ def inputs(value: object, shape: tuple[int, ...] | None, most: int, name: str = 
 
 
 def labels(value: object, count: int) -> list[str]:
-    """Returns the names of the classes that inputs belong to; numbers stand for their digits.
+    """Returns the names of the classes that inputs belong to.
 
     Raises:
         RefusedError: If it is not one for each input, or one cannot be a name.
     """
     if type(value) is not list or len(value) != count:
         raise wrong("labels", value, f"a list of {count} labels, one for each input")
-    names = []
     for row, label in enumerate(value):
-        if type(label) is not str and not (type(label) is int and 0 <= label < 10**9):
-            raise wrong(f"labels[{row}]", label, "the name of a class, or its number")
         try:
-            require_name(str(label))
+            require_name(label)
         except SettingError as error:
-            raise wrong(f"labels[{row}]", label, "a name of 1 to 100 printable characters") from error
-        names.append(str(label))
-    return names
+            need = "the name of a class, a text of 1 to 100 printable characters"
+            raise wrong(f"labels[{row}]", label, need) from error
+    return value
 
 
 def idempotency_key(header: str | None, content: Object) -> str | None:
