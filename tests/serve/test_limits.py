@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,15 @@ def test_a_short_token_and_a_taken_port_are_refused(capsys, monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--demo", "--port", str(taken.getsockname()[1])]) == 2
     assert "Choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["fastapi", "prometheus_client", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(package: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("app", "metrics"):
+        monkeypatch.delitem(sys.modules, f"recollect.serve.{module}")
+    assert main(["serve", "--demo", "--port", "0"]) == 2
+    assert "pip install 'recollect[serve]'" in capsys.readouterr().err
 
 
 # Bodies ---------------------------------------------------------------------------------------------------------------

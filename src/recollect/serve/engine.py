@@ -71,7 +71,8 @@ class Engine:
         self.names = self._agreed_names()
         if not journal.has_begun():
             if service.examples is not None and service.examples.labels and len(self.memory) == 0:
-                self._write(*service.examples, key=None, digest="")
+                inputs, labels = service.examples
+                self._write(self._keys(inputs), inputs, labels, key=None, digest="")
             journal.begin()  # last: examples that a kill has kept out are written at the next start
 
     def _try(self) -> Float[Tensor, "1 c"]:
@@ -203,9 +204,10 @@ class Engine:
         digest = _digest(wanted)
         try:
             self._recover()
+            known = None if wanted.key is None else self._journal.answer(wanted.key)
         except Exception as error:
             raise not_stored(error) from error
-        if wanted.key is not None and (known := self._journal.answer(wanted.key)) is not None:
+        if known is not None:
             if known.digest != bytes.fromhex(digest):
                 raise RefusedError(
                     422,
@@ -217,19 +219,27 @@ class Engine:
             return Observed(known.text, is_replay=True)
         inputs = wire.joined([wanted.rows], self.service.input_shape)
         try:
-            text = self._write(inputs, wanted.labels, key=wanted.key, digest=digest)
+            keys = self._keys(inputs)
+        except Exception as error:
+            raise refused(error) from error
+        try:
+            text = self._write(keys, inputs, wanted.labels, key=wanted.key, digest=digest)
         except Exception as error:
             raise (not_stored if is_of_the_disk(error) else refused)(error) from error
         return Observed(text, is_replay=False)
 
-    def _write(self, inputs: Batch, labels: list[str], *, key: str | None, digest: str) -> str:
+    def _keys(self, inputs: Batch) -> Shaped[Tensor, "n d"]:
+        parts = [self.service.keys(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
+        return torch.cat(parts)
+
+    def _write(
+        self, keys: Shaped[Tensor, "n d"], inputs: Batch, labels: list[str], *, key: str | None, digest: str
+    ) -> str:
         """Writes to memory and journal; returns the answer."""
         new = self._new_names(labels)
         number = {name: place for place, name in enumerate([*self.names, *new])}
         if len(labels) > self.memory.capacity:
             raise _too_many(len(labels), self.memory.capacity)
-        parts = [self.service.keys(inputs[start : start + _BATCH]) for start in range(0, len(labels), _BATCH)]
-        keys = torch.cat(parts)
         before = ring(self.memory)
         step = -1 if before is None else int(before.step)
         announced = bool(new) or key is not None

@@ -3,7 +3,7 @@
 import errno
 import sqlite3
 
-from recollect.errors import RecollectError
+from recollect.errors import FormatError, RecollectError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONG = 500  # characters of a message from elsewhere
@@ -56,9 +56,7 @@ def not_stored(error: Exception) -> RefusedError:
 
 def is_of_the_disk(error: Exception) -> bool:
     """Whether memory or journal could not be written."""
-    return isinstance(error, OSError | sqlite3.Error) and not (
-        isinstance(error, RecollectError) and isinstance(error, ValueError)
-    )
+    return isinstance(error, OSError | sqlite3.Error | FormatError)
 
 
 def _short(error: Exception) -> str:
