@@ -32,7 +32,11 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 EVERYWHERE = {"torch", "jaxtyping", "safetensors"}
 # Base classes cannot be imported late; who imports this module has the package, or is told what to install.
-AT_THE_TOP = {"recollect.integrations.sklearn": {"sklearn", "numpy"}}
+AT_THE_TOP = {
+    "recollect.integrations.sklearn": {"sklearn", "numpy"},
+    "recollect.serve.app": {"fastapi", "starlette"},  # FastAPI reads the types of endpoints at run time
+    "recollect.serve.metrics": {"prometheus_client"},
+}
 MOST_LINES = 400
 
 

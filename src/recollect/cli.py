@@ -1,4 +1,4 @@
-"""The command line: ``recollect demo | explain | reproduce | lm | memory | list | show``.
+"""The command line: ``recollect demo | explain | reproduce | lm | memory | serve | list | show``.
 
 An error is one line on standard error and exit status 2; Ctrl-C is one line and exit status 130.
 """
@@ -59,6 +59,7 @@ _USAGE = """recollect: episodic memory for PyTorch networks
   recollect lm train|evaluate     a language model of your own text files; --help lists the settings
   recollect memory ...            look into a durable memory, check, export, import it; --help says how
   recollect show DIR              the table of a finished run
+  recollect serve FOLDER|--demo   a model and its memory behind HTTP, with a page to try them; --help lists the settings
 
 Each run writes its settings, results, table and figure into the folder given by --out, and goes on where it was
 when it is started again."""
@@ -113,8 +114,12 @@ def _dispatch(arguments: list[str]) -> int:
         from recollect import cli_memory
 
         return cli_memory.main(rest)
+    elif command == "serve":
+        from recollect.serve.run import run
+
+        run(rest)
     else:
-        commands = "demo, explain, reproduce, lm, memory, list, show"
+        commands = "demo, explain, reproduce, lm, memory, serve, list, show"
         raise SettingError(f"there is no command {command!r}. There are: {commands}.")
     return 0
 

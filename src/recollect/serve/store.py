@@ -1,0 +1,83 @@
+"""Where what is taught is kept: the memory of a service becomes a ``DurableMemory`` in a folder, with the journal."""
+
+import dataclasses
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from recollect.errors import SettingError
+from recollect.mbpa import MbPA
+from recollect.memory import DurableMemory, EpisodicMemory
+from recollect.memory.database import exists, sync
+from recollect.serve.journal import Journal
+from recollect.serve.service import Service
+
+_JOURNAL = "service.sqlite"
+
+
+def kept(service: Service) -> Service:
+    """Returns the service with its memory in its folder, if it names one.
+
+    The first time, the entries that the memory holds are copied there; from then on those in the folder count, and the
+    memory that was given is left as it is.
+
+    Raises:
+        SettingError: If the memory cannot be kept in a folder, or the one there has keys of another size.
+        LockedError, FormatError, StorageError: See ``DurableMemory``.
+    """
+    if service.folder is None:
+        return service
+    given, layer = service.layer.memory, service.layer
+    if not isinstance(given, EpisodicMemory):
+        raise SettingError(
+            f"folder= keeps the entries of an EpisodicMemory, got a {type(given).__name__}, which keeps its own. Leave "
+            "folder out."
+        )
+    folder = Path(service.folder).absolute()
+    if not exists(folder):
+        _copy(given, folder)
+    memory = DurableMemory(folder, key_size=given.key_size)
+    durable = MbPA(
+        layer.head,
+        memory,
+        neighbors=layer.neighbors,
+        adaptation=layer.adaptation,
+        kernel=layer.kernel,
+        likelihood=layer.likelihood,
+    )
+    return dataclasses.replace(service, layer=durable, folder=None)
+
+
+def journal(service: Service) -> Journal:
+    """Returns the journal beside a memory on disk; beside any other one, a journal in RAM."""
+    memory = service.layer.memory
+    return Journal(memory.folder / _JOURNAL if isinstance(memory, DurableMemory) else None)
+
+
+def _copy(given: EpisodicMemory, folder: Path) -> None:
+    """Makes a durable copy of a memory, which is in the folder as a whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.partial")
+    for path in folder.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            shutil.rmtree(path)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
+    try:
+        copy = DurableMemory(
+            partial,
+            given.capacity,
+            given.key_size,
+            value_shape=given.value_shape,
+            value_dtype=given.values.dtype,
+            key_dtype=given.keys.dtype,
+            history=given.history,
+        )
+        with copy:
+            if len(given):
+                copy.load_state_dict(given.state_dict())
+        os.replace(partial, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""The journal beside the memory: a kill between the two, full disks, and what is kept for how long."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from serving import Running, picture, running, small_service
+from test_service import error_of, post
+
+from recollect import DurableMemory
+from recollect.errors import FormatError
+from recollect.serve import journal as module
+from recollect.serve.engine import Engine
+from recollect.serve.journal import Announcement, Answer, Journal
+from recollect.serve.store import journal, kept
+
+
+def begin(folder: Path) -> Engine:
+    service = kept(small_service(folder=folder))
+    return Engine(service, journal(service))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_kill_between_memory_and_journal_is_found_out(tmp_path: Path, written: bool) -> None:
+    folder = tmp_path / "memory"
+    with running(small_service(folder=folder)) as server:
+        engine = server.engine
+        wanted = {"inputs": [picture(1)], "labels": ["dodo"], "idempotency_key": "once"}
+        digest = digest_of(engine, wanted)
+        engine._journal.announce(Announcement(12, ["dodo"], ["dodo"], "once", digest))
+        if written:  # and killed before the journal is told
+            engine.memory.write(engine.service.keys(torch.tensor([picture(1)])), torch.tensor([3]))
+    with running(small_service(folder=folder)) as server:
+        model = server.client.get("/v1/model").json()
+        assert model["classes"] == ["ant", "bee", "cat", "dodo" if written else None, None]
+        answer = server.client.post("/v1/observe", json=wanted)
+        assert ("idempotency-replayed" in answer.headers) is written
+        assert answer.json() == {
+            "slots": [12],
+            "labels": ["dodo"],
+            "new_classes": ["dodo"],
+            "entries": 13,
+        }
+        assert len(server.engine.memory) == 13
+
+
+def digest_of(engine: Engine, content: dict) -> str:
+    """Returns what the engine would compute of a request."""
+    from recollect.serve import engine as inner
+    from recollect.serve import wire
+
+    rows = wire.inputs(content["inputs"], engine.service.input_shape, 256)
+    return inner._digest(inner.Observation(rows, content["labels"], content["idempotency_key"]))
+
+
+def fill(connection) -> None:
+    """Lets an SQLite file grow no more."""
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    assert connection.execute(f"PRAGMA max_page_count = {pages}").fetchone()[0] == pages
+
+
+def write_until_refused(server: Running, label: str) -> int:
+    for seed in range(200):
+        answer = server.client.post("/v1/observe", json={"inputs": [picture(seed)] * 40, "labels": [label] * 40})
+        if answer.status_code != 200:
+            error = error_of(answer, 507, "disk_full")
+            assert "Make room" in error["do"]
+            return seed
+    raise AssertionError("it was never full")
+
+
+def test_a_full_memory_file_refuses_writes_loses_nothing_and_predicts(tmp_path: Path) -> None:
+    service = small_service()
+    memory = DurableMemory(tmp_path / "memory", capacity=5_000, key_size=8)
+    service.layer.memory = memory
+    with running(service) as server:
+        fill(memory._database._connection)
+        before = len(memory) + 40 * write_until_refused(server, "ant")
+        assert len(memory) == before
+        new = {"inputs": [picture(1)] * 200, "labels": ["dodo"] * 200, "idempotency_key": "k"}
+        error_of(server.client.post("/v1/observe", json=new), 507, "disk_full")
+        assert server.client.get("/v1/model").json()["room"] == 2
+        post(server.client, "/v1/predict", inputs=[picture(1)])
+        memory._database._connection.execute("PRAGMA max_page_count = 1000000")
+        assert post(server.client, "/v1/observe", **new)["new_classes"] == ["dodo"]
+        assert len(memory) == before + 200
+    with DurableMemory(tmp_path / "memory", read_only=True) as again:
+        assert len(again) == before + 200
+
+
+def test_a_full_journal_never_lets_a_write_happen_twice(tmp_path: Path) -> None:
+    """Wherever the journal fills up: a key that was answered or not, repeated once there is room, counts once."""
+    with running(small_service(folder=tmp_path / "memory")) as server:
+        data = server.engine._journal._data
+        fill(data)
+        statuses = set()
+        for seed in range(120):
+            content = {"inputs": [picture(seed)], "labels": ["ant"], "idempotency_key": "x" * 150 + str(seed)}
+            statuses.add(server.client.post("/v1/observe", json=content).status_code)
+        assert statuses == {200, 507}
+        step = int(server.engine.memory.ring.step)
+        post(server.client, "/v1/predict", inputs=[picture(1)])
+        data.execute("PRAGMA max_page_count = 1000000")
+        for seed in range(120):
+            content = {"inputs": [picture(seed)], "labels": ["ant"], "idempotency_key": "x" * 150 + str(seed)}
+            post(server.client, "/v1/observe", **content)
+        assert step < 132
+        assert int(server.engine.memory.ring.step) == 132
+
+
+def test_keys_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEYS", 3)
+    kept_keys = Journal(None)
+    for number in range(5):
+        kept_keys.complete(key=str(number), answer=Answer(b"", str(number)))
+    assert [kept_keys.answer(str(number)) is not None for number in range(5)] == [False, False, True, True, True]
+    kept_keys.close()
+
+
+def test_a_newer_journal_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    new = Journal(path)
+    new._data.execute("PRAGMA user_version = 99")
+    new.close()
+    before = path.read_bytes()
+    with pytest.raises(FormatError, match="version 99"):
+        Journal(path)
+    assert path.read_bytes() == before
+
+
+def test_forgotten_pictures_are_gone_from_the_file(tmp_path: Path) -> None:
+    engine = begin(tmp_path / "memory")
+    engine.close()
+    path = tmp_path / "memory" / "service.sqlite"
+    stored = bytes((engine.service.examples.inputs[5].flatten() * 255).round().int().tolist())
+    assert stored in path.read_bytes()
+    engine = begin(tmp_path / "memory")
+    engine.forget(5, None)
+    engine.close()
+    assert stored not in path.read_bytes()
+    assert not path.with_name("service.sqlite-wal").exists()
