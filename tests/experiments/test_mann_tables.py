@@ -155,6 +155,16 @@ def test_the_table(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_the_paper_has_one_mann(tmp_path: Path, both: bool) -> None:
+    record = Run(tmp_path, {})
+    row = {"part": "test", "task": "strings, 5 classes", "accuracy": [1.0] * 10, "interval": [1.0] * 10}
+    record.rows += [{**row, "model": model} for model in ("mann", "mann-separate")[not both :]]
+    record.rows.append({**record.rows[0], "part": "learning", "batches": 1000, "loss": 1.0})
+    lines = [line for line in mann_report.report(record, "mann-table2").splitlines() if line.startswith("|")][2:]
+    assert [line.split(" | ")[3] for line in lines] == (["ours", "paper", "ours"] if both else ["ours", "paper"])
+
+
 def test_another_scale_in_the_same_folder(tmp_path: Path) -> None:
     run(MannTable1(out=tmp_path))
     tiny = mann.SCALES["mann-table1"]["smoke"]
