@@ -1,6 +1,7 @@
 """``Batched``: a network as a function of its parameters, for many tasks side by side, each with its own."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
@@ -9,8 +10,10 @@ from torch.func import functional_call, vmap
 
 from recollect.adaptation.shell import aliases, empty_shell, select
 from recollect.errors import DtypeError, HeadError, require
+from recollect.meta.batch_norm import batch_norm
 
 _NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm, which may keep running statistics
+_FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # itself, not what is made of it
 _RANDOM = (nn.modules.dropout._DropoutNd,)
 _RECURRENT = (nn.RNNBase, nn.LSTMCell)
 _REFUSALS = ("vmap", "Batching rule", "Batch norm got a batched tensor")  # how the messages of torch.func begin
@@ -47,6 +50,8 @@ class Batched:
             if isinstance(part, _NORMS):
                 part.track_running_stats = False
                 part.running_mean = part.running_var = part.num_batches_tracked = None
+            if isinstance(part, _FOLDED) and type(part) in _FOLDED:
+                part.__dict__["forward"] = partial(_normalize, part)
         self._buffers = tuple(name for name, _ in self._shell.named_buffers(remove_duplicate=False))
         self._first = aliases(net)
 
@@ -103,6 +108,11 @@ class Batched:
     def dtype(self) -> torch.dtype:
         """Returns the dtype in which the network computes: its first parameter's."""
         return next(self.net.parameters()).dtype
+
+
+def _normalize(part: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
+    part._check_input_dim(x)
+    return batch_norm(x, part.weight, part.bias, part.eps)
 
 
 @torch.no_grad()

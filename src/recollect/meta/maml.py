@@ -27,7 +27,7 @@ from recollect.errors import (
 from recollect.likelihoods import Categorical, Gaussian, Likelihood
 from recollect.meta.batched import Batched
 
-_BUDGET = 4 * 2**20  # bytes of parameter copies and inputs at once, for each thread (measured)
+_BUDGET = 21 * 2**18  # bytes of parameter copies and inputs at once, for each thread (measured)
 
 
 class MAML(nn.Module):
