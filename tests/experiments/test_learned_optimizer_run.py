@@ -24,6 +24,7 @@ from recollect.experiments.meta.learned_optimizer import (
     GUIDED,
     LSTM,
     POLICY,
+    PRINTED,
     SCALES,
     Best,
     Course,
@@ -300,12 +301,19 @@ def check_a_row(rows: list[dict[str, Any]], table: str) -> None:
     assert shown in table
 
 
+def test_which_policy_sees_the_current_gradient(tmp_path: Path) -> None:
+    study = learned_optimizer._Study(Run(tmp_path, {}), TINY, "logistic regression")
+    sees = {name: study._rule(name, torch.Generator()) for name in FAMILIES["logistic regression"].learned}
+    assert {name for name, rule in sees.items() if isinstance(rule, Policy) and not rule.current} == {PRINTED}
+    assert len(sees) == 4
+
+
 @pytest.mark.usefixtures("_tiny")
 def test_a_run(tmp_path: Path) -> None:
     table = run(LearnedOptimizer(out=tmp_path))
     assert table == (tmp_path / "table.md").read_text()
     rows = rows_of(tmp_path)
-    all_of_them = (POLICY, EVOLVED, GUIDED, *MADE, "conjugate gradient", "L-BFGS")
+    all_of_them = (POLICY, EVOLVED, GUIDED, PRINTED, *MADE, "conjugate gradient", "L-BFGS")
     expected = {("quadratic functions", name) for name in (LSTM, *MADE)}
     expected |= {(family, name) for family in list(FAMILIES)[1:] for name in all_of_them}
     assert {(row["family"], row["optimizer"]) for row in rows} == expected

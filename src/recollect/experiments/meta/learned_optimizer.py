@@ -3,8 +3,9 @@
 The LSTM optimizer of Andrychowicz et al. (2016), Section 3.1, on random quadratic functions, and the policy of Li and
 Malik (2017), Section 4, on logistic regressions, robust regressions and small networks. The policy is trained in three
 ways that take about the same time: by gradients through its steps, by an evolution strategy, which needs no derivative
-of them, and by guided policy search, the paper's. All begin with the imitation of momentum. Settings of what is made by
-hand, and the moment at which a learned rule is taken, are chosen on validation problems.
+of them, and by guided policy search, the paper's. A fourth policy has the inputs that the paper prints, which lack the
+current gradient. All begin with the imitation of momentum. Settings of what is made by hand, and the moment at which a
+learned rule is taken, are chosen on validation problems.
 """
 
 import copy
@@ -42,7 +43,7 @@ from recollect.meta import (
 from recollect.meta.coordinates import flatten
 
 LSTM, POLICY, EVOLVED = "LSTM optimizer", "policy, by gradients", "policy, by evolution"
-GUIDED = "policy, by guided policy search"
+GUIDED, PRINTED = "policy, by guided policy search", "policy, by gradients, without the current gradient"
 _VALID, _TEST = 1, 2  # seeds
 
 
@@ -53,7 +54,7 @@ class Family:
     draw: Callable[..., Problem]
     objectives: int | None = None
     """For training, as many as in Li and Malik (2017); new ones at each iteration when None."""
-    learned: tuple[str, ...] = (POLICY, EVOLVED, GUIDED)
+    learned: tuple[str, ...] = (POLICY, EVOLVED, GUIDED, PRINTED)
     searches: tuple[str, ...] = tuple(LINE_SEARCHES)
 
 
@@ -313,13 +314,13 @@ class _Study:
         if name == LSTM:
             return LSTMOptimizer(p=5.0, scale=0.1, generator=generator)
         start = self._problem(1, _VALID).start
-        return Policy(sum(tensor.numel() for tensor in start.values()), current=True, generator=generator)
+        return Policy(sum(tensor.numel() for tensor in start.values()), current=name != PRINTED, generator=generator)
 
     def _trainer(self, name: str) -> Backpropagation | EvolutionStrategy | GuidedPolicySearch:
         scale, steps = self._scale, self._course.steps
         if name == LSTM:
             return Backpropagation(steps=steps, truncation=scale.truncation)
-        if name == POLICY:
+        if name in (POLICY, PRINTED):
             return Backpropagation(steps=steps, truncation=None, first_order=False, clip=1.0)
         if name == GUIDED:
             return GuidedPolicySearch(steps=steps, samples=scale.samples)

@@ -11,6 +11,7 @@ _COLORS = {
     "policy, by gradients": plots.NAVY,
     "policy, by evolution": plots.BLUE,
     "policy, by guided policy search": plots.CYAN,
+    "policy, by gradients, without the current gradient": plots.PALE_BLUE,
     "SGD": plots.GRAY,
     "momentum": plots.GREEN,
     "RMSprop": plots.ORANGE,

@@ -23,7 +23,7 @@ from recollect.meta.initial import drawn
 
 _SIDE = 28
 _NETWORKS = {"convolutions": "four convolutions", "linear": "no convolutions"}
-_COLORS = {"convolutions": plots.NAVY, "linear": plots.GREEN}
+_COLORS = (plots.NAVY, plots.GREEN, plots.RED, plots.ORANGE, plots.PURPLE, plots.CYAN, plots.BROWN)
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,7 @@ def _report(record: Run, scale: Scale) -> str:
     for place, line in enumerate(scale.lines):
         rows = [row for row in record.rows if row["part"] == "learning" and row["line"] == asdict(line)]
         x, y = [row["iterations"] / 1000 for row in rows], [row["accuracy"] for row in rows]
-        width = 1.2 + 0.4 * place  # the lines of the paper's scale share two colors
-        curves.append(plots.Curve(line.title, x, y, [0.0] * len(y), _COLORS[line.network], width=width))
+        curves.append(plots.Curve(line.title, x, y, [0.0] * len(y), _COLORS[place]))
     title = [("While learning: new characters", curves)]
     plots.panels(title, record.folder / "figure.png", xlabel="thousands of iterations", ylabel="accuracy (%)")
     return table
