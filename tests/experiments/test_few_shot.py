@@ -196,6 +196,14 @@ def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) ->
     assert row["accuracy"] == round(float(study._right(best.learner, 2, 5, 5).mean()), 2)
 
 
+def test_what_is_asked_together_is_asked_one_at_a_time_too(tiny: Scale, tmp_path: Path) -> None:
+    study = few_shot._Study(Run(tmp_path, {}), replace(tiny, test=8, alone=4, queries=3))
+    row = study.test("maml", 1)
+    learner = next(choice.learner for choice in study._choices("maml", 1) if choice.settings == row["settings"])
+    together, alone = (study._right(each, TEST, 1, 4) for each in (learner, learners.alone(learner)))
+    assert row["alone"] == round(float(alone.mean()), 2) != round(float(together.mean()), 2)
+
+
 def test_only_the_test_sees_its_characters(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = use_marked_drawings(monkeypatch, few_shot, "episodes", 17)
     study = few_shot._Study(Run(tmp_path, {}), replace(tiny, every=2))
