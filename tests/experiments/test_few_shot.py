@@ -98,13 +98,19 @@ def test_vote_and_mbpa(features: nn.Module, some: Episodes) -> None:
 
 
 def test_mann_reads_each_query_after_the_support(features: nn.Module, some: Episodes) -> None:
-    g = torch.Generator().manual_seed(3)
+    g = torch.Generator().manual_seed(7)
     labels = Labels(_WAYS)
     access = LRUAccess(6, generator=g)
     mann = MANN(32 + _WAYS, _WAYS, access=access, hidden=6, generator=g)
     with torch.no_grad():
-        mann.controller.weight_ih.mul_(5)  # so that each label counts
+        mann.controller.weight_ih.mul_(20)  # so that the last labels count
+        mann.controller.bias_ih.zero_()
+        mann.output.bias.zero_()
     found = learners.read_on(features, mann, _WAYS)(some)
+    changed = some.support_labels.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % _WAYS
+    other = learners.read_on(features, mann, _WAYS)(some._replace(support_labels=changed))
+    assert not torch.equal(found, other), "the last label, which comes with the query"
     for task in range(2):
         for place in range(4):
             images = torch.cat([some.support[task], some.queries[task, place][None]])
@@ -138,6 +144,11 @@ def test_a_hypernetwork_reads_the_whole_support(features: nn.Module, some: Episo
         context = learners.remembered(support[task], some.support_labels[task]).read(queries[task], 6)
         with torch.no_grad():
             assert torch.equal(found[task], hypernetwork.adapted(head, queries[task], context).argmax(1))
+
+
+def test_a_query_alone_sees_the_support_of_its_task(some: Episodes) -> None:
+    learner = learners.nearest(nn.Flatten())
+    assert torch.equal(learners.alone(learner)(some), learner(some))
 
 
 def test_a_query_alone_does_not_see_the_others() -> None:
@@ -183,6 +194,14 @@ def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) ->
     assert row["valid"] == round(max(valid), 2)
     best = choices[valid.index(max(valid))]
     assert row["accuracy"] == round(float(study._right(best.learner, 2, 5, 5).mean()), 2)
+
+
+def test_what_is_asked_together_is_asked_one_at_a_time_too(tiny: Scale, tmp_path: Path) -> None:
+    study = few_shot._Study(Run(tmp_path, {}), replace(tiny, test=8, alone=4, queries=3))
+    row = study.test("maml", 1)
+    learner = next(choice.learner for choice in study._choices("maml", 1) if choice.settings == row["settings"])
+    together, alone = (study._right(each, TEST, 1, 4) for each in (learner, learners.alone(learner)))
+    assert row["alone"] == round(float(alone.mean()), 2) != round(float(together.mean()), 2)
 
 
 def test_only_the_test_sees_its_characters(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

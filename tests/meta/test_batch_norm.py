@@ -86,3 +86,10 @@ def test_many_tasks(dims: tuple[int | None, ...]) -> None:
         torch.autograd.grad(found, leaves, push), torch.autograd.grad(expected, leaves, push), strict=True
     ):
         torch.testing.assert_close(got, right)
+
+
+def test_a_single_number_has_no_statistics() -> None:
+    with pytest.raises(ValueError, match=r"more than 1 value per channel.*\(1, 3\)"):
+        batch_norm(drawn(1, 3), None, None, EPS)
+    with pytest.raises(ValueError, match=r"more than 1 value per channel.*\(1, 3\)"):
+        vmap(lambda x: batch_norm(x, None, None, EPS))(drawn(4, 1, 3))

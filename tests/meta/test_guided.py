@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from recollect.errors import NonFiniteError, SettingError
+from recollect.errors import NonFiniteError, SettingError, ShapeError
 from recollect.meta import GuidedPolicySearch, Policy, Problem, guided, logistic_regression, quadratics, train, unrolled
 from recollect.meta.linear_gaussian import LinearGaussian, Quadratic, divergence, lqr, regression, surprise
 
@@ -241,6 +241,45 @@ def test_the_bound_holds(bound: float) -> None:
     assert away.max() > bound / 100, "and lets them move"
 
 
+@pytest.mark.parametrize(("bound", "eta"), [(1e9, 1e-3), (1e-12, 1e3)])
+def test_the_controllers_make_the_least_of_what_they_should(bound: float, eta: float) -> None:
+    """All derivatives of the written-out objective are zero there: of gains, offsets and covariances, by autograd."""
+    problem = family(2)
+    policy, search = made(problem), search_of(steps=3, bound=bound, penalty=0.2, rate=2.0)
+    still = torch.optim.SGD(policy.parameters(), lr=0.0)
+    with torch.no_grad():  # it answers something that is not linear in the location, also through its history
+        policy.output.weight.normal_(0.0, 3.0, generator=G)
+    for _ in range(2):
+        search.step(policy, problem, optimizer=still, generator=G)
+    old = search._memory
+    assert old is not None
+    state = G.get_state()
+    sampled = search._sample(policy, problem, old, G)
+    G.set_state(state)
+    search.step(policy, problem, optimizer=still, generator=G)
+    new = search._memory
+    assert new is not None
+    assert new.dual.abs().min() > 0
+    gain, offset, covariance = regression(sampled.x[:-1], sampled.answers, ridge=search.ridge)
+    near = LinearGaussian(gain, offset, covariance + old.noise)
+    assert covariance[1:].abs().amax((-2, -1)).min() > 1e-3 * old.noise.abs().max(), "it matters"
+    slope, curvature = guided._expansion(problem, torch.stack([sampled.x[t + 1].mean(0) for t in range(3)]))
+    found = LinearGaussian(*(part.clone().requires_grad_() for part in new.controllers))
+    cost = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        mean, spread = old.start[row], torch.zeros(4, 4, dtype=torch.float64)
+        for t in range(3):
+            step, go = found.gain[t, row] @ mean + found.offset[t, row], torch.eye(4).double() + found.gain[t, row]
+            mean, spread = mean + step, go @ spread @ go.T + found.covariance[t, row]
+            second = spread + mean.outer(mean)
+            cost = cost + (curvature[t, row] * second).sum() / 2 + slope[t, row] @ mean - new.dual[t, row] @ step
+    cost = cost + 0.2 * divergence(found, near, old.start).sum()
+    cost = cost + 0.2 * eta * divergence(found, old.controllers, old.start).sum()
+    scale = 0.2 * (1 + eta) * torch.linalg.inv(new.controllers.covariance).abs().max()
+    for part in torch.autograd.grad(cost, found):
+        assert part.abs().max() < 1e-9 * scale
+
+
 def test_multipliers_follow_the_difference() -> None:
     problem = family()
     policy, search = made(problem), search_of(rate=0.5, penalty=0.2)
@@ -351,6 +390,56 @@ def test_other_problems_are_refused() -> None:
         with pytest.raises(SettingError, match="not the problems of its last step"):
             search.step(policy, other, optimizer=adam, generator=G)
     assert all(torch.equal(kept[name], part) for name, part in search.state_dict().items())
+
+
+def test_arguments_are_checked(untyped: None) -> None:
+    problem = family()
+    policy, search = made(problem), search_of()
+    adam: Any = torch.optim.Adam(policy.parameters())
+    search.step(policy, problem, optimizer=adam, generator=G)
+
+    def wrong(match: str, rule: Any = policy, task: Any = problem, optimizer: Any = adam) -> None:
+        with pytest.raises((SettingError, ShapeError), match=match):
+            search.step(rule, task, optimizer=optimizer, generator=G)
+
+    wrong("rule must be", rule=Policy)
+    wrong("problem must be", task=problem.start)
+    wrong("optimizer must be", optimizer=None)
+    one = {name: p[0] for name, p in problem.start.items()}
+    wrong(r"losses of shape \(b,\), got \(\)", task=Problem(lambda params: params["weight"].sum(), one))
+    with pytest.raises(SettingError, match=r"take 6 steps, these steps=5. Load .*\(steps=6\)"):
+        search_of(steps=5).load_state_dict(search.state_dict())
+    assert search.state_dict(), "nothing is forgotten"
+
+
+def test_nothing_is_kept_of_the_graph_of_a_start() -> None:
+    problem = family()
+    problem = problem._replace(start={name: p.requires_grad_() for name, p in problem.start.items()})
+    policy, search = made(problem), search_of()
+    search.step(policy, problem, optimizer=torch.optim.Adam(policy.parameters()), generator=G)
+    assert not any(part.requires_grad for part in search.state_dict().values())
+
+
+def test_answers_and_derivatives_that_are_not_finite_are_told() -> None:
+    problem = family()
+    policy, search = made(problem), search_of()
+    adam = torch.optim.Adam(policy.parameters())
+    search.step(policy, problem, optimizer=adam, generator=G)
+    kept = [parameter.clone() for parameter in policy.parameters()]
+    with torch.no_grad():
+        policy.output.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="the policy's answers are not finite"):
+        search.step(policy, problem, optimizer=adam, generator=G)
+    with torch.no_grad():
+        policy.output.bias.copy_(kept[-1])
+
+    def steep(params: dict[str, Tensor]) -> Tensor:
+        """The second derivative of the last part is infinite, times zero."""
+        return params["weight"].square().sum(-1) + params["bias"] + (0 * params["bias"]).abs() ** 1.5
+
+    with pytest.raises(NonFiniteError, match="derivatives that are not finite"):
+        search.step(policy, problem._replace(objective=steep), optimizer=adam, generator=G)
+    assert all(torch.equal(a, b) for a, b in zip(kept, policy.parameters(), strict=True))
 
 
 def test_divergence_is_told_and_begins_anew() -> None:

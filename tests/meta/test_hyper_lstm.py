@@ -351,6 +351,11 @@ def test_dropout_must_be_a_probability(untyped: None, dropout: object) -> None:
         HyperLSTMCell(2, 2, dropout=dropout)
 
 
+def test_a_word_is_no_truth_value(untyped: None) -> None:
+    with pytest.raises(SettingError, match="layer_norm must be True or False, got 'no'"):
+        HyperLSTMCell(2, 2, **{"layer_norm": "no"})
+
+
 def test_a_class_is_no_cell(untyped: None) -> None:
     with pytest.raises(SettingError, match="cell must be a cell, such as HyperLSTMCell"):
         HyperLSTM(HyperLSTMCell)

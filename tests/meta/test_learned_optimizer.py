@@ -349,7 +349,8 @@ def test_evolution_estimates_the_gradient() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LSTMOptimizer(sizes=()), r"sizes=\(\) leaves no LSTM"),
+        (lambda: LSTMOptimizer(sizes=()), r"sizes must be the units of at least one layer.*got \(\)"),
+        (lambda: LSTMOptimizer(**{"sizes": 20}), r"sizes must be the units.*such as \(20, 20\), got 20"),
         (lambda: LSTMOptimizer(sizes=(20, 0)), "each of sizes"),
         (lambda: LSTMOptimizer(p=0.0), "p must be"),
         (
@@ -361,6 +362,7 @@ def test_evolution_estimates_the_gradient() -> None:
         (lambda: Backpropagation(truncation=0), "truncation"),
         (lambda: Backpropagation(clip=0.0), "clip"),
         (lambda: Backpropagation(steps=3, weights=(1.0, 1.0, 1.0)), "weights must be 4 numbers.*got 3"),
+        (lambda: Backpropagation(steps=2, weights=(1.0, math.nan, 1.0)), "each of weights must be a finite number"),
         (lambda: EvolutionStrategy(pairs=0), "pairs"),
         (lambda: EvolutionStrategy(deviation=0.0), "deviation"),
         (lambda: EvolutionStrategy(weights=()), "weights must be 41 numbers.*got 0"),
@@ -377,7 +379,7 @@ def test_evolution_estimates_the_gradient() -> None:
         ),
     ],
 )
-def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
+def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str, untyped: None) -> None:
     with pytest.raises(SettingError, match=message):
         make()
 

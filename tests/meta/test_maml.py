@@ -567,8 +567,9 @@ def test_other_errors_of_the_network_are_its_own() -> None:
     def then(y: Tensor) -> Tensor:
         raise RuntimeError("out of coffee")
 
-    with pytest.raises(RuntimeError, match=r"^out of coffee"):
+    with pytest.raises(RuntimeError, match=r"^out of coffee") as caught:
         MAML(Odd(then), rule=rules.sgd(0.4))(*episodes()[:3])
+    assert caught.value.__notes__ == ["The network ran on 3 tasks side by side, each with inputs of shape (6, 5)."]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch runs them task by task, and says so
@@ -677,6 +678,25 @@ def test_numbers_that_run_away_are_named() -> None:
     support[3, 0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r"task 3 .* after 0 of 1 steps. Its inputs or targets"):
         maml(**start)
+    start["support"], queries = torch.zeros_like(support), case.queries.clone()
+    queries[4, 1, 2] = math.inf
+    for steps in (0, 1):
+        with pytest.raises(NonFiniteError, match="the queries of task 4 hold NaN or infinite numbers"):
+            maml(**{**start, "queries": queries}, steps=steps)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d"])
+def test_one_number_has_no_statistics(name: str) -> None:
+    case, net = episodes(), made(name).eval()
+    maml = MAML(net, rule=rules.sgd(0.4))
+    if name == "BatchNorm2d":  # a channel of an image has many numbers
+        assert maml(case.support, case.targets, case.queries[:, :1]).isfinite().all()
+        return
+    refusal = pytest.raises(ShapeError, match=r"statistics of a task's own inputs.*\(1, 5\).*Pass more")
+    with refusal:
+        maml(case.support, case.targets, case.queries[:, :1])
+    with refusal:
+        maml(case.support[:, :1], case.targets[:, :1], case.queries)
 
 
 def test_categorical_is_the_default() -> None:

@@ -270,6 +270,7 @@ def test_margin_of_victory() -> None:
         (lambda: Policy(0), "parameters"),
         (lambda: Policy(4, history=0), "history"),
         (lambda: Policy(4, hidden=-1), "hidden"),
+        (lambda: Policy(4, **{"current": "no"}), "current must be True or False, got 'no'"),
         (lambda: quadratics(0), "count"),
         (lambda: quadratics(3, dimension=0), "dimension"),
         (lambda: logistic_regression(-1), "count"),
@@ -278,7 +279,7 @@ def test_margin_of_victory() -> None:
         (lambda: margin_of_victory({"only": torch.ones(2, 3)}), r"at least two optimizers, got \['only'\]"),
     ],
 )
-def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
+def test_settings_out_of_range_are_refused(make: Callable[[], object], message: str, untyped: None) -> None:
     with pytest.raises(SettingError, match=message):
         make()
 

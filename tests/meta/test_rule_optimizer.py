@@ -181,6 +181,8 @@ def test_a_rule_is_needed(untyped: None) -> None:
         RuleOptimizer(net().parameters(), rules.sgd)
     with pytest.raises(SettingError, match="rule must be a rule"):
         RuleOptimizer(net().parameters(), 0.1)
+    with pytest.raises(SettingError, match="joint must be True or False, got 'no'"):
+        RuleOptimizer(net().parameters(), rules.sgd(0.1), **{"joint": "no"})
 
 
 def test_groups_have_no_settings() -> None:
@@ -233,6 +235,51 @@ def test_numbers_that_are_not_finite_change_nothing(make: Callable[[], rules.Rul
     for kept, now in ((before, model.state_dict()), (state, optimizer.state_dict())):
         assert repr(kept) == repr(now)
     assert all(torch.equal(kept, now) for kept, now in zip(before.values(), model.parameters(), strict=True))
+
+
+def test_steps_that_are_not_finite_change_nothing() -> None:
+    model: Any = net()
+    rule = LSTMOptimizer()
+    optimizer = RuleOptimizer(model.parameters(), rule)
+    loss = model(X).square().sum()
+    loss.backward()
+    optimizer.step(lambda: loss)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        rule.output.bias.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="the rule answers with steps that are NaN or infinite"):
+        optimizer.step(lambda: loss)
+    assert repr(state) == repr(optimizer.state_dict())
+    assert all(torch.equal(kept, now) for kept, now in zip(before.values(), model.parameters(), strict=True))
+
+
+def test_an_error_of_the_rule_changes_nothing() -> None:
+    """The policy moves the first parameter, and cannot move the second."""
+    model: Any = net()
+    policy = Policy(12).double()
+    nn.init.ones_(policy.output.bias)
+    optimizer = RuleOptimizer(model.parameters(), policy)
+    before = copy.deepcopy(model.state_dict())
+    loss = model(X).sum()
+    loss.backward()
+    with pytest.raises(ShapeError, match=r"moves 12 numbers.*joint=True"):
+        optimizer.step(lambda: loss)
+    assert all(torch.equal(kept, now) for kept, now in zip(before.values(), model.parameters(), strict=True))
+    assert not optimizer.state
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    model: Any = net()
+    adam = torch.optim.Adam(model.parameters())
+    optimizer = RuleOptimizer(model.parameters(), rules.adam(0.1))
+    loss = model(X).sum()
+    loss.backward()
+    adam.step()
+    optimizer.step(lambda: loss)
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(SettingError, match="not that of a RuleOptimizer"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert repr(state) == repr(optimizer.state_dict())
 
 
 def test_large_empty_and_sparse_gradients_are_finite() -> None:

@@ -23,6 +23,9 @@ def batch_norm(
         bias: beta; 0 when None.
         eps: What is added to the variance.
 
+    Raises:
+        ValueError: If a channel has a single number, as PyTorch's does.
+
     Example:
         >>> x = torch.randn(8, 3, 5, 5)
         >>> y = batch_norm(x, None, None, 1e-5)
@@ -30,6 +33,8 @@ def batch_norm(
         True
     """
     channels = x.shape[1]
+    if x.numel() == channels:
+        raise ValueError(f"Expected more than 1 value per channel, got inputs of shape {tuple(x.shape)}.")
     weight = x.new_ones(channels) if weight is None else weight
     bias = x.new_zeros(channels) if bias is None else bias
     return _BatchNorm.apply(x, weight, bias, eps)[0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from recollect.adaptation.shell import aliases, empty_shell, select
-from recollect.errors import DtypeError, HeadError, require
+from recollect.errors import DtypeError, HeadError, ShapeError, require
 from recollect.meta.batch_norm import batch_norm
 
 _NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm, which may keep running statistics
@@ -17,6 +17,7 @@ _FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # itself, not what i
 _RANDOM = (nn.modules.dropout._DropoutNd,)
 _RECURRENT = (nn.RNNBase, nn.LSTMCell)
 _REFUSALS = ("vmap", "Batching rule", "Batch norm got a batched tensor")  # how the messages of torch.func begin
+_SINGLE = "Expected more than 1"  # how those of normalization without running statistics do
 
 
 class Batched:
@@ -69,6 +70,7 @@ class Batched:
             HeadError: If the forward pass cannot run for many tasks side by side, or returns something else than a row
                 of outputs for each input.
             DtypeError: If it fails on inputs of this dtype and would not on others.
+            ShapeError: If batch or instance normalization has a single number to take statistics of.
         """
         live = dict(self.net.named_parameters(remove_duplicate=False))
         buffers = dict(self.net.named_buffers(remove_duplicate=False))
@@ -81,11 +83,23 @@ class Batched:
         except RuntimeError as error:
             if not str(error).startswith(_REFUSALS):
                 _blame_dtype(task, own, inputs, self.dtype(), error)
+                error.add_note(
+                    f"The network ran on {len(inputs)} tasks side by side, each with inputs of shape "
+                    f"{tuple(inputs.shape[1:])}."
+                )
                 raise
             raise HeadError(
                 f"the network ({type(self.net).__name__}) cannot run for many tasks side by side: a part of it is "
                 "random, decides by the values in a tensor, changes a buffer, or is one that torch.func.vmap does not "
                 f"know. Take it out, or write it in simpler operations. ({error})"
+            ) from error
+        except ValueError as error:
+            if not str(error).startswith(_SINGLE):
+                raise
+            raise ShapeError(
+                f"batch and instance normalization use the statistics of a task's own inputs, in any mode, but inputs "
+                f"of shape {tuple(inputs.shape[1:])} give a single number for each channel. Pass more examples or "
+                "queries of a task at once, or use nn.LayerNorm or nn.GroupNorm."
             ) from error
         if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[:2] != inputs.shape[:2]:
             got = f"{tuple(outputs.shape[1:])}" if isinstance(outputs, Tensor) else type(outputs).__name__

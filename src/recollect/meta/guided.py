@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from recollect.adaptation.rules import Params, Rule
-from recollect.errors import NonFiniteError, SettingError, require_number, require_whole
+from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_number, require_whole
 from recollect.meta.coordinates import flatten, unflatten
 from recollect.meta.linear_gaussian import LinearGaussian, Quadratic, divergence, lqr, regression, surprise, times
 from recollect.meta.objectives import Problem
-from recollect.meta.training import unrolled
+from recollect.meta.training import OPTIMIZER, require_task, unrolled
 
 _PENALTIES = tuple(10.0**power for power in range(-3, 4))
 """eta, relative to nu: which are tried."""
@@ -106,7 +106,8 @@ class GuidedPolicySearch:
     4. The new controllers make
        ``sum_t E[f(x_{t+1}) - lambda_t' u_t] + nu KL(psi_t | pi^_t) + eta KL(psi_t | old psi_t)`` least, f by its
        second-order expansion at the mean of the samples, negative curvature taken as positive: a step is never long for
-       it. eta is the least of a row of numbers with which the mean ``KL(psi_t | old psi_t)`` is within ``bound``.
+       it. eta is the least of a row of numbers with which the mean ``KL(psi_t | old psi_t)`` is within ``bound``, or
+       the largest if there is none.
     5. ``Sigma <- mean(G_t^-1)^-1``. The policy's parameters make
        ``E[lambda_t' mu + nu / 2 (mu - K_t x - k_t)' G_t^-1 (mu - K_t x - k_t)]`` smaller on the samples, by a step of
        the optimizer for each sample of all problems.
@@ -178,10 +179,14 @@ class GuidedPolicySearch:
             generator: Draws the noise, and the order of the samples; torch's global random state does when None.
 
         Raises:
-            SettingError: If the problems are not those of the last call.
-            NonFiniteError: If a loss is not finite. The parameters stay as they were; the next call begins anew.
+            SettingError: If the problems are not those of the last call, or an argument is something else.
+            ShapeError: If there are no problems side by side, with one loss for each.
+            NonFiniteError: If a loss, an answer of the policy or a derivative is not finite. The parameters stay as
+                they were; the next call begins anew.
         """
-        memory, start = self._memory, _locations(problem.start, problem.objective(problem.start))
+        require_task(rule, problem)
+        require("optimizer", optimizer, Optimizer, OPTIMIZER)
+        memory, start = self._memory, _start(problem)
         if memory is not None and not torch.equal(memory.start, start):
             raise SettingError(
                 "guided policy search has a controller for each problem, but these are not the problems of its last "
@@ -206,11 +211,20 @@ class GuidedPolicySearch:
         return {"start": start, **controllers._asdict(), "dual": dual, "noise": noise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what ``state_dict`` returned."""
+        """Takes over what ``state_dict`` returned.
+
+        Raises:
+            SettingError: If it is of another number of steps.
+        """
         if not state_dict:
             self._memory = None
             return
         controllers = LinearGaussian(*(state_dict[name] for name in LinearGaussian._fields))
+        if len(controllers.gain) != self.steps:
+            raise SettingError(
+                f"the controllers that were saved take {len(controllers.gain)} steps, these steps={self.steps}. Load "
+                f"them into GuidedPolicySearch(steps={len(controllers.gain)})."
+            )
         self._memory = _Memory(state_dict["start"], controllers, state_dict["dual"], state_dict["noise"])
 
     @torch.no_grad()
@@ -224,9 +238,15 @@ class GuidedPolicySearch:
                 "the sampled steps lead to losses that are not finite. Take a smaller deviation, fewer steps, or a "
                 "policy that first learned to follow small steps."
             )
+        answers = torch.stack(guide.answers)
+        if not answers.isfinite().all():
+            raise NonFiniteError(
+                "the policy's answers are not finite. Look at its parameters: the optimizer's rate may be too high; or "
+                "at the gradients of the problems."
+            )
         x = [_locations(params, loss) for _, params, loss in guide.seen]
         x.append(_locations(end.params, end.losses[-1]))
-        return _Sampled(end.losses, torch.stack(x), torch.stack(guide.answers), guide.seen)
+        return _Sampled(end.losses, torch.stack(x), answers, guide.seen)
 
     def _updated(self, memory: _Memory | None, sampled: _Sampled, start: Float[Tensor, "b d"]) -> _Memory:
         """Returns the memory with new multipliers; the first controllers are the policy itself, as well as they can."""
@@ -301,9 +321,23 @@ def _expansion(problem: Problem, x: Float[Tensor, "t b d"]) -> tuple[Float[Tenso
         slope = torch.autograd.grad(loss.sum(), at, create_graph=True)[0] + 0 * at  # a linear loss has no graph
         parts = [torch.autograd.grad(slope[..., i].sum(), at, retain_graph=True)[0] for i in range(x.shape[-1])]
     hessian = torch.stack(parts, -1).double()
+    if not (slope.isfinite().all() and hessian.isfinite().all()):
+        raise NonFiniteError("the losses have derivatives that are not finite where the samples lead. Smooth them.")
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     curvature = vectors * values.abs().unsqueeze(-2) @ vectors.mT
     return slope.detach().double() - times(curvature, x), curvature
+
+
+@torch.no_grad()
+def _start(problem: Problem) -> Float[Tensor, "b d"]:
+    """Returns where the problems start, once it is known that there are some side by side."""
+    losses = problem.objective(problem.start)
+    if losses.dim() != 1:
+        raise ShapeError(
+            f"guided policy search needs problems side by side, with losses of shape (b,), got {tuple(losses.shape)}. "
+            "Give a single problem's parameters a first dimension of 1."
+        )
+    return _locations(problem.start, losses)
 
 
 def _repeated(problem: Problem, count: int) -> Problem:

@@ -56,7 +56,8 @@ class HyperLSTMCell(nn.Module):
         generator: Draws the initial weights; torch's global random state does when None.
 
     Raises:
-        SettingError: If a size is not a positive whole number or ``dropout`` not in [0, 1).
+        SettingError: If a size is not a positive whole number, ``layer_norm`` not True or False or ``dropout`` not in
+            [0, 1).
 
     Example:
         >>> cell = HyperLSTMCell(50, 100, hyper_size=16)
@@ -81,6 +82,7 @@ class HyperLSTMCell(nn.Module):
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "hyper_size": hyper_size, "embedding": embedding}
         for name, size in sizes.items():
             require_whole(name, size)
+        require("layer_norm", layer_norm, bool, "True or False")
         require_number("dropout", dropout, low=0.0)
         if dropout >= 1:
             raise SettingError(f"dropout must be in [0, 1), got {dropout}.")

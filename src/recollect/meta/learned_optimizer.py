@@ -51,8 +51,8 @@ class LSTMOptimizer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not sizes:
-            raise SettingError("sizes=() leaves no LSTM: give the units of at least one layer, such as (20, 20).")
+        if not isinstance(sizes, tuple) or not sizes:
+            raise SettingError(f"sizes must be the units of at least one layer, such as (20, 20), got {sizes!r}.")
         for size in sizes:
             require_whole("each of sizes", size)
         if p is not None:

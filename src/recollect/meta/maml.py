@@ -134,7 +134,7 @@ class MAML(nn.Module):
 
         Raises:
             ShapeError: If the three disagree in the number of tasks or examples or the shape of an input, or one is
-                empty.
+                empty, or batch normalization has a single number to take statistics of.
             DtypeError: If inputs or targets are not of the dtype that the network or the likelihood needs.
             LabelError: If a label does not name one of the network's outputs.
             NonFiniteError: If NaN or infinite numbers turn up, by the task and the step.
@@ -161,7 +161,7 @@ class MAML(nn.Module):
             outputs.append(self._batched(params, queries[rows]))
             losses.append(trace)
         outputs = torch.cat(outputs)
-        _check_finite(torch.cat(losses, 1), outputs)
+        _check_finite(torch.cat(losses, 1), outputs, queries)
         self._explain([outputs])
         return outputs
 
@@ -358,12 +358,16 @@ def _refuse_second(grads: tuple[Tensor, ...]) -> None:
     )
 
 
-def _check_finite(losses: Float[Tensor, "s t"], results: Float[Tensor, "t *r"]) -> None:
+def _check_finite(
+    losses: Float[Tensor, "s t"], results: Float[Tensor, "t *r"], queries: Shaped[Tensor, "t m *x"] | None = None
+) -> None:
     """Refuses losses before each step, and results after the last, that are NaN or infinite."""
     finite = torch.cat([losses.isfinite(), results.detach().isfinite().flatten(1).all(1).unsqueeze(0)])
     if bool(finite.all()):
         return
     step, task = (int(place) for place in (~finite).nonzero()[0])
+    if step == len(losses) and queries is not None and not bool(queries[task].isfinite().all()):
+        raise NonFiniteError(f"the queries of task {task} hold NaN or infinite numbers. Clean or drop them.")
     if step == 0:
         reason = "Its inputs or targets, or the learned parameters themselves, are not finite or far too large."
     else:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from recollect.adaptation.rules import Params
-from recollect.errors import ShapeError, require_whole
+from recollect.errors import ShapeError, require, require_whole
 from recollect.meta.coordinates import flatten, unflatten
 from recollect.meta.initial import drawn
 
@@ -36,7 +36,7 @@ class Policy(nn.Module):
             torch's global random state does when None.
 
     Raises:
-        SettingError: If a size is no whole number above 0.
+        SettingError: If a size is no whole number above 0, or ``current`` not True or False.
 
     Example:
         >>> policy = Policy(4)
@@ -60,6 +60,7 @@ class Policy(nn.Module):
         super().__init__()
         for name, size in {"parameters": parameters, "history": history, "hidden": hidden}.items():
             require_whole(name, size)
+        require("current", current, bool, "True or False")
         self.history = history
         self.current = current
         inputs = history * (1 + parameters)

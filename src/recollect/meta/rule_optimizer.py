@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from recollect.adaptation.rules import Rule
+from recollect.adaptation.rules import Params, Rule
 from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_tensor
 from recollect.meta.coordinates import mapped
 
@@ -47,6 +47,7 @@ class RuleOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], rule: Rule, *, joint: bool = False) -> None:
         require("rule", rule, Rule, "a rule with init and update, such as rules.sgd(0.1)")
+        require("joint", joint, bool, "True or False")
         self.rule = rule
         self.joint = joint
         super().__init__(params, {})
@@ -69,7 +70,7 @@ class RuleOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Changes the parameters that have a gradient, and returns the loss.
+        """Changes the parameters that have a gradient, and returns the loss. On an error nothing changes.
 
         Args:
             closure: Computes the loss and its gradients, or returns the loss that was computed: ``lambda: loss``.
@@ -77,7 +78,7 @@ class RuleOptimizer(Optimizer):
         Raises:
             SettingError: If there is no closure, or with ``joint`` a parameter has no gradient.
             ShapeError: If the loss is not one number.
-            NonFiniteError: If the loss or a gradient is NaN or infinite. Nothing has changed then.
+            NonFiniteError: If the loss, a gradient or a step of the rule is NaN or infinite.
         """
         if closure is None:
             raise SettingError("a rule may read the loss: call step(closure), or step(lambda: loss) after backward.")
@@ -88,14 +89,18 @@ class RuleOptimizer(Optimizer):
             raise ShapeError(f"the closure must return one loss, got shape {tuple(loss.shape)}. Take the mean.")
         units = self._units()
         _check_finite(loss, [p for params in units for p in params])
+        taken = list[tuple[list[Tensor], Params, Any]]()
         for params in units:
             named = {str(place): p.detach() for place, p in enumerate(params)}
             grads = {name: p.grad for name, p in zip(named, params, strict=True) if p.grad is not None}
             state = self.state[params[0]]["rule"] if params[0] in self.state else self.rule.init(named)
             delta, state = self.rule.update(grads, state, named, loss.detach().reshape(()))
+            taken.append((params, delta, state))
+        _check_steps([part for _, delta, _ in taken for part in delta.values()])
+        for params, delta, state in taken:
             self.state[params[0]] = {"rule": state}
-            for name, p in zip(named, params, strict=True):
-                p.add_(delta[name])
+            for place, p in enumerate(params):
+                p.add_(delta[str(place)])
         return loss
 
     def _units(self) -> list[list[Tensor]]:
@@ -116,7 +121,12 @@ class RuleOptimizer(Optimizer):
 
         Args:
             state_dict: As returned by ``state_dict``. Its tensors go to the devices of the parameters.
+
+        Raises:
+            SettingError: If it is that of another kind of optimizer. Nothing has changed then.
         """
+        if any(state.keys() != {"rule"} for state in state_dict["state"].values()):
+            raise SettingError("the state is not that of a RuleOptimizer. Load it into an optimizer of its own kind.")
         super().load_state_dict(state_dict)
         # torch has put the state into the dtypes of the parameters; that of a rule has its own.
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -127,11 +137,19 @@ class RuleOptimizer(Optimizer):
                 self.state[p]["rule"] = mapped(lambda tensor, p=p: tensor.to(p.device, copy=True), saved)
 
 
+def _check_steps(steps: list[Tensor]) -> None:
+    """Refuses steps that are NaN or infinite, by one norm of all."""
+    if not bool(_largest(steps).isfinite()):
+        raise NonFiniteError(
+            "the rule answers with steps that are NaN or infinite, which would go into the parameters. Lower its rate, "
+            "or look at what it has learned."
+        )
+
+
 def _check_finite(loss: Tensor, params: list[Tensor]) -> None:
     """Refuses a loss or gradients that are NaN or infinite, by one norm of all."""
-    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
-    largest = get_total_norm([grad for grad in grads if grad.numel()], math.inf)
-    if bool(loss.isfinite().all() & largest.isfinite()):
+    grads = [_dense(p.grad) for p in params if p.grad is not None]
+    if bool(loss.isfinite().all() & _largest(grads).isfinite()):
         return
     bad = [tuple(p.shape) for p, grad in zip(params, grads, strict=True) if not grad.isfinite().all()]
     what = f"{len(bad)} of {len(params)} gradients, the first of shape {bad[0]}, are" if bad else "the loss is"
@@ -139,3 +157,13 @@ def _check_finite(loss: Tensor, params: list[Tensor]) -> None:
         f"{what} NaN or infinite, and a step would carry that into the parameters. Look for the cause in data and "
         "loss; skip this step, or take smaller ones."
     )
+
+
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """Returns the largest absolute value of all; NaN and infinity come through."""
+    return get_total_norm([part for part in map(_dense, tensors) if part.numel()], math.inf)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Returns the numbers of a tensor that may be sparse."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor

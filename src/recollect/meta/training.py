@@ -18,7 +18,7 @@ from recollect.errors import NonFiniteError, SettingError, require, require_numb
 from recollect.meta.coordinates import mapped
 from recollect.meta.objectives import Problem
 
-_OPTIMIZER = "a torch.optim.Optimizer of the rule's parameters, such as torch.optim.Adam(rule.parameters())"
+OPTIMIZER = "a torch.optim.Optimizer of the rule's parameters, such as torch.optim.Adam(rule.parameters())"
 
 
 class Trajectory(NamedTuple):
@@ -59,7 +59,7 @@ def unrolled(rule: Rule, problem: Problem, *, steps: int, state: Any = None, fir
         (torch.Size([21, 8]), True)
     """
     require_whole("steps", steps, low=0)
-    _check_task(rule, problem)
+    require_task(rule, problem)
     objective, params = problem
     state = rule.init(params) if state is None else state
     tracked, losses = torch.is_grad_enabled(), list[Tensor]()
@@ -148,8 +148,8 @@ class Backpropagation:
             SettingError: If an argument is something else.
             NonFiniteError: If the meta-loss is not finite. The parameters stay as they were before that part.
         """
-        _check_task(rule, problem)
-        require("optimizer", optimizer, Optimizer, _OPTIMIZER)
+        require_task(rule, problem)
+        require("optimizer", optimizer, Optimizer, OPTIMIZER)
         state, means = rule.init(problem.start), list[Tensor]()
         length = self.truncation or self.steps
         for begin in range(0, self.steps, length):
@@ -221,8 +221,8 @@ class EvolutionStrategy:
             SettingError: If an argument is something else.
             NonFiniteError: If a meta-loss is not finite. The parameters stay as they were.
         """
-        _check_task(rule, problem)
-        require("optimizer", optimizer, Optimizer, _OPTIMIZER)
+        require_task(rule, problem)
+        require("optimizer", optimizer, Optimizer, OPTIMIZER)
         params, curves = _held(optimizer), list[Tensor]()
         kept = [p.clone() for p in params]
         gradients = [torch.zeros_like(p) for p in params]
@@ -288,7 +288,12 @@ def train(
     return torch.stack(curves)
 
 
-def _check_task(rule: Rule, problem: Problem) -> None:
+def require_task(rule: Rule, problem: Problem) -> None:
+    """Refuses what is no rule, or no problem.
+
+    Raises:
+        SettingError: If it is not.
+    """
     require("rule", rule, Rule, "a rule with init and update, such as LSTMOptimizer()")
     require("problem", problem, Problem, "a Problem(objective, start), such as quadratics(8)")
 
@@ -316,3 +321,5 @@ def _check_weights(weights: tuple[float, ...] | None, steps: int) -> None:
         raise SettingError(
             f"weights must be {steps + 1} numbers, for the start and for each of {steps} steps, got {len(weights)}."
         )
+    for weight in weights or ():
+        require_number("each of weights", weight)

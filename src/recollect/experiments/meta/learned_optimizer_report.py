@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from recollect.experiments import plots
+from recollect.experiments.meta.intervals import standard_errors
 from recollect.experiments.runner import Run
 
 _COLORS = {
@@ -39,7 +40,7 @@ def _curves(rows: Iterable[Row]) -> list[plots.Curve]:
     curves = []
     for row in rows:
         name, loss = row["optimizer"], row["loss"]
-        error = [interval / 1.96 for interval in row["interval"]]
+        error = standard_errors(row["interval"])
         curves.append(plots.Curve(name, range(len(loss)), loss, error, _COLORS[name]))
     return curves
 

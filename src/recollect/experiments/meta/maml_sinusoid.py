@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from recollect.adaptation import rules
 from recollect.errors import NonFiniteError
 from recollect.experiments import plots
-from recollect.experiments.meta.intervals import half_width
+from recollect.experiments.meta.intervals import half_width, standard_errors
 from recollect.experiments.meta.training import train
 from recollect.experiments.runner import Run, begin
 from recollect.likelihoods import Gaussian
@@ -179,10 +179,12 @@ def _report(record: Run, scale: Scale) -> str:
     panels = []
     for shots in scale.shots:
         curves = [
-            plots.Curve(row["model"], range(_STEPS + 1), row["mse"], row["interval"], _COLORS[row["model"]])
+            plots.Curve(
+                row["model"], range(_STEPS + 1), row["mse"], standard_errors(row["interval"]), _COLORS[row["model"]]
+            )
             for row in tests
             if row["shots"] == shots
         ]
         panels.append((f"{shots} points of each wave", curves))
-    plots.panels(panels, record.folder / "figure.png", xlabel="steps", ylabel="mean squared error")
+    plots.panels(panels, record.folder / "figure.png", xlabel="steps", ylabel="mean squared error", digits=2)
     return table

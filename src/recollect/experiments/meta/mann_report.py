@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from recollect.experiments import plots
+from recollect.experiments.meta.intervals import standard_errors
 from recollect.experiments.runner import Run
 
 _SHOWN = (1, 2, 3, 4, 5, 10)
@@ -92,8 +93,8 @@ def _by_instance(tests: Sequence[Row]) -> list[tuple[str, list[plots.Curve]]]:
         curves = []
         for row in (row for row in tests if row["task"] == task):
             count = range(1, len(row["accuracy"]) + 1)
-            curve = plots.Curve(TITLES[row["model"]], count, row["accuracy"], row["interval"], _COLORS[row["model"]])
-            curves.append(curve)
+            error = standard_errors(row["interval"])
+            curves.append(plots.Curve(TITLES[row["model"]], count, row["accuracy"], error, _COLORS[row["model"]]))
         panels.append((f"After training: {task}", curves))
     return panels
 
