@@ -43,7 +43,7 @@ from recollect.meta import (
 from recollect.meta.coordinates import flatten
 
 LSTM, POLICY, EVOLVED = "LSTM optimizer", "policy, by gradients", "policy, by evolution"
-GUIDED, PRINTED = "policy, by guided policy search", "policy, by gradients, without the current gradient"
+GUIDED, PRINTED = "policy, by guided policy search", "policy, inputs as printed"
 _VALID, _TEST = 1, 2  # seeds
 
 

@@ -12,7 +12,7 @@ _COLORS = {
     "policy, by gradients": plots.NAVY,
     "policy, by evolution": plots.BLUE,
     "policy, by guided policy search": plots.CYAN,
-    "policy, by gradients, without the current gradient": plots.PALE_BLUE,
+    "policy, inputs as printed": plots.PALE_BLUE,
     "SGD": plots.GRAY,
     "momentum": plots.GREEN,
     "RMSprop": plots.ORANGE,
@@ -61,7 +61,8 @@ def _table(grouped: dict[str, list[Row]]) -> str:
         "The margin of victory is the lowest loss of all other optimizers, less the optimizer's own, as a mean over "
         "steps and problems: above zero, it is better than the best of the others on each. A policy's others are all "
         "that is made by hand. All ways to train a policy begin with the same imitation of momentum and then take "
-        "about the same time."
+        "about the same time. The one whose inputs are as printed is trained by gradients; it does not see the current "
+        "gradient."
     )
     return "\n\n".join(parts) + "\n"
 
