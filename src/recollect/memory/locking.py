@@ -23,13 +23,19 @@ class FolderLock:
 
     Raises:
         LockedError: If someone else has it.
-        StorageError: Where the system has no such locks.
+        StorageError: If nothing can be written there, or the system has no such locks.
     """
 
     def __init__(self, folder: Path) -> None:
         path, end = folder / _NAME, time.monotonic() + _PATIENCE
         _refuse_twice(path)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be written: {error.strerror}. Name another folder, see to this one's permissions, or "
+                "open it with read_only=True."
+            ) from error
         while not _locked(self._file, shared=False):
             other = _written(self._file)
             if other is not None or time.monotonic() > end:
