@@ -610,6 +610,35 @@ def test_files_that_may_not_grow_lose_nothing(tmp_path: Path) -> None:
         assert memory.ring.values[: len(memory)].unique(return_counts=True)[1].tolist() == [500] * int(written)
 
 
+NO_ROOM = """
+import os, resource, sys, time
+from recollect import DurableMemory
+from recollect.errors import StorageError
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for most in (0, 20_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        DurableMemory(sys.argv[1], 100, 64)
+    except StorageError as error:
+        print(error)
+    print(os.listdir(sys.argv[1]), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_room_for_a_new_memory_leaves_none_and_no_lock(tmp_path: Path) -> None:
+    with start(NO_ROOM, tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(4)]
+            assert "writer.lock cannot be written: File too large. See to the disk" in lines[0]
+            assert "nothing was made" in lines[2]
+            assert lines[1] == lines[3] == "['writer.lock']\n"
+            DurableMemory(tmp_path, CAPACITY, KEY).close()  # while the other process lives on
+        finally:
+            process.kill()
+
+
 def test_a_write_that_is_broken_off_between_file_and_ring_shows_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@
 The file tells by its header whose it is. WAL mode: readers see the last commit, and never half of one.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,6 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -99,11 +99,12 @@ def create(folder: Path, settings: Settings) -> None:
     Raises:
         StorageError: If it cannot be written.
     """
-    for leftover in folder.glob(f".{_FILE}.*"):
-        leftover.unlink()
+    _remove_unfinished(folder)
     temporary = folder / f".{_FILE}.{secrets.token_hex(8)}"
-    with _explained(folder, "nothing was made"):
+    with _explained(folder, "nothing was made"), contextlib.ExitStack() as stack:
+        stack.callback(_remove_unfinished, folder)
         connection = sqlite3.connect(temporary, isolation_level=None)
+        stack.callback(connection.close)
         connection.execute(f"PRAGMA page_size = {_PAGE}")
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {_VERSION}")
@@ -113,9 +114,14 @@ def create(folder: Path, settings: Settings) -> None:
         connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
         connection.execute("COMMIT")
         connection.close()  # which brings all that the WAL holds into the file, and removes it
-    sync(temporary)
-    temporary.rename(folder / _FILE)
+        sync(temporary)
+        temporary.rename(folder / _FILE)
     sync(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for leftover in folder.glob(f".{_FILE}.*"):
+        leftover.unlink()
 
 
 def exists(folder: Path) -> bool:
@@ -183,7 +189,7 @@ class Database:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self.damaged(f"its settings cannot be read ({error})") from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def reading(self) -> Iterator[State]:
         """Within it, all that is read is of one moment: the state that it gives."""
         with _explained(self.path):
@@ -209,7 +215,7 @@ class Database:
             query = "SELECT number, entries FROM changes JOIN blocks USING (number) WHERE version > ? ORDER BY number"
             yield from self._connection.execute(query, (since,))
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self, state: State) -> Iterator[None]:
         """A transaction that ends in this state: when it is over, all of it is on the disk, or on an error nothing.
 
@@ -327,7 +333,7 @@ def _look(folder: Path) -> tuple[tuple[int, int], int]:
     return inode, int.from_bytes(header[28:32]) * _PAGE
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(path: Path, outcome: str = "") -> Iterator[None]:
     """Turns SQLite's errors into ours."""
     try:
@@ -339,8 +345,8 @@ def _explained(path: Path, outcome: str = "") -> Iterator[None]:
         if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
             raise FormatError(f"{path} is damaged: {error}. {_RESTORE}") from error
         outcome = f", and {outcome}" if outcome else ""
-        remedy = " Make room on the disk." if code == sqlite3.SQLITE_FULL else ""
-        raise StorageError(f"{path}: {error}{outcome}.{remedy}") from error
+        remedy = "Make room on the disk" if code == sqlite3.SQLITE_FULL else "See to the disk, its room and permissions"
+        raise StorageError(f"{path}: {error}{outcome}. {remedy}.") from error
 
 
 def _as_json(value: object) -> object:
