@@ -15,11 +15,19 @@ import torch
 from pymilvus import DataType, MilvusClient
 from torch import Tensor, nn
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, MilvusMemory, dot_product, rules
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    MilvusMemory,
+    NonParametric,
+    dot_product,
+    rules,
+)
 from recollect.errors import LockedError, MissingExtraError, RecollectError, SettingError, UnreachableError
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory import Context, collection
-from recollect.memory.connection import _reason
+from recollect.memory.connection import Connection, _reason
 
 KEY, CAPACITY = 6, 30
 Open = Callable[..., MilvusMemory]
@@ -130,6 +138,24 @@ def test_only_what_is_not_known_travels(open_memory: Open, monkeypatch: pytest.M
     reader.read(queries, 50)
     assert fetched == [20, 12]
     assert_same(reader.read(queries, 50), writer.read(queries, 50))
+
+
+def test_a_prediction_is_one_request(open_memory: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask = Connection.ask
+
+    def counted(self: Connection, request: Callable) -> object:
+        asked.append(1)
+        return ask(self, request)
+
+    memory = open_memory()
+    memory.write(*pairs(20))
+    monkeypatch.setattr(Connection, "ask", counted)
+    adapted = MbPA(nn.Linear(KEY, 4), memory, neighbors=5, adaptation=LocalAdaptation(rules.sgd(0.1), steps=2))
+    for model in (adapted, NonParametric(memory, classes=4, neighbors=5)):
+        model(pairs(3, seed=5)[0])
+        assert len(asked) == 1
+        asked.clear()
 
 
 # Restarts
@@ -341,6 +367,10 @@ def test_an_interrupted_creation_is_completed(tmp_path: Path, open_memory: Open,
         ({"timeout": 0.0}, "timeout must be a finite number above 0"),
         ({"retries": -1}, "retries must be a whole number of at least 0"),
         ({"uri": "memory"}, "uri must be a file that ends in .db, or a server's address"),
+        ({"uri": "ftp://localhost:19530"}, "such as http://localhost:19530, got 'ftp://localhost:19530'"),
+        ({"uri": "http://localhost:99999"}, "got 'http://localhost:99999'"),
+        ({"uri": "http://localhost:port"}, "got 'http://localhost:port'"),
+        ({"uri": "http://:19530"}, "got 'http://:19530'"),
         ({"collection": "my entries"}, "collection must be a name of letters, digits and _, got 'my entries'"),
     ],
 )
