@@ -22,7 +22,9 @@ from recollect import (
     MilvusMemory,
     NonParametric,
     dot_product,
+    load,
     rules,
+    save,
 )
 from recollect.errors import LockedError, MissingExtraError, RecollectError, SettingError, UnreachableError
 from recollect.kernels import Kernel, inverse_distance
@@ -103,6 +105,18 @@ def test_batches_and_answers_larger_than_a_request(open_memory: Open, monkeypatc
             for neighbors in (5, None):
                 assert_same(reader.read(queries, neighbors), ring.read(queries, neighbors))
         assert open_memory().write(*pairs(1)).item() == 0  # step 90 of 90
+
+
+def test_a_file_is_asked_what_it_has_memory_for() -> None:
+    """At 512 numbers an entry has 2 KiB; a table of 2^28 bytes has room for 6 queries of 20,000 entries."""
+
+    def at_once(uri: str, capacity: int, index: str) -> int:
+        memory = MilvusMemory(uri, "entries", capacity=capacity, key_size=512, index=index, local_keys=False)
+        return memory._collection.at_once(66, whole=False)
+
+    assert [at_once("memory.db", capacity, "HNSW") for capacity in (100, 20_000, 10**6)] == [1310, 6, 2]
+    assert [at_once("memory.db", capacity, "FLAT") for capacity in (100, 20_000, 10**6)] == [1310, 6, 1]
+    assert at_once(NOBODY, 10**6, "FLAT") == 2**18 // 66
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64])
@@ -279,6 +293,25 @@ def test_a_copy_travels_as_its_settings(open_memory: Open) -> None:
     assert_same(copied.read(pairs(2)[0], 3), memory.read(pairs(2)[0], 3))
     assert "secret" not in repr(memory) + repr(memory._settings)
     copied.close()
+
+
+def test_what_is_in_milvus_is_not_saved_again(open_memory: Open, tmp_path: Path) -> None:
+    memory = open_memory()
+    memory.write(*pairs(5))
+    head, adaptation = nn.Linear(KEY, 4), LocalAdaptation(rules.sgd(0.1), steps=2)
+    model = MbPA(head, memory, neighbors=3, adaptation=adaptation)
+    with pytest.raises(SettingError, match=r"'memory' is MilvusMemory.*stay in Milvus\. Save the head by itself"):
+        save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    save(head, tmp_path / "saved")
+    again = MbPA(load(tmp_path / "saved"), memory, neighbors=3, adaptation=adaptation)
+    assert torch.equal(again(pairs(3)[0]), model(pairs(3)[0]))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_memory_by_itself_is_not_saved_again(open_memory: Open, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"is stored already, in Milvus\. Open it again"):
+        save(open_memory(), tmp_path / "saved")
 
 
 def test_a_forked_process_is_told(open_memory: Open) -> None:
