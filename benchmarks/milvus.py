@@ -49,7 +49,7 @@ class Bench:
         self.keys = memories.features(size, torch.device("cpu"))
         self.beside = EpisodicMemory(slots, size)
 
-    def open(self, **settings: str | bool) -> MilvusMemory:
+    def open(self, **settings: str | bool | int) -> MilvusMemory:
         """Returns another handle to the collection."""
         sizes = {"capacity": self.slots, "key_size": self.size}
         return MilvusMemory(self.uri, self.name, **sizes, token=self.token, index=self.index, timeout=60.0, **settings)
@@ -90,9 +90,7 @@ class Bench:
 
     def _read(self, memory: MilvusMemory) -> None:
         one, some = self.rows(1)[0], self.rows(32)[0]
-        found, there = (each.read(some, _NEIGHBORS).slots.tolist() for each in (memory, self.beside))
-        hits = sum(len(set(a) & set(b)) for a, b in zip(found, there, strict=True))
-        self.show(f"recall, K={_NEIGHBORS}", f"{hits / some.shape[0] / _NEIGHBORS:.3f}")
+        self._recall(memory, some, "")
         self.timed(f"read, B=1 K={_NEIGHBORS}", lambda: memory.read(one, _NEIGHBORS))
         self.timed("... B=32", lambda: memory.read(some, _NEIGHBORS))
         self.timed("... B=32, before=", lambda: memory.read(some, _NEIGHBORS, before=self.slots * 3 // 2))
@@ -112,6 +110,11 @@ class Bench:
         self.timed("MbPA, B=32", lambda: models[0](some))
         self.timed("... on a memory in RAM", lambda: models[1](some))
 
+    def _recall(self, memory: MilvusMemory, queries: Tensor, what: str) -> None:
+        found, there = (each.read(queries, _NEIGHBORS).slots.tolist() for each in (memory, self.beside))
+        hits = sum(len(set(a) & set(b)) for a, b in zip(found, there, strict=True))
+        self.show(f"recall, K={_NEIGHBORS}{what}", f"{hits / len(queries) / _NEIGHBORS:.3f}")
+
     def _both(self, memory: MilvusMemory) -> None:
         keys, values = self.rows(1)
         self.timed("write 1", lambda: memory.write(keys, values))
@@ -121,6 +124,13 @@ class Bench:
             memory.read(keys, _NEIGHBORS)
 
         self.timed(f"write 1 and read it, K={_NEIGHBORS}", both)
+        queries = self.rows(32)[0]
+        self._recall(memory, queries, ", at the end")
+        for ef in (256, 512):
+            other = self.open(ef=ef)
+            self._recall(other, queries, f", ef={ef}")
+            self.timed(f"... B=32, ef={ef}", lambda other=other: other.read(queries, _NEIGHBORS))
+            other.close()
         memory.close()
 
     def _reopen(self) -> None:

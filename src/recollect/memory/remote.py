@@ -92,8 +92,8 @@ class MilvusMemory:
         index: "HNSW", or "FLAT" for exact search (in milvus-lite a few queries at a time, as it needs much memory).
         links: M of HNSW.
         construction: efConstruction of HNSW.
-        ef: How many nodes an HNSW search follows; never fewer than it is to find. The default of all three is what
-            was measured in docs/milvus.md.
+        ef: How many nodes an HNSW search follows; never fewer than it is to find. docs/milvus.md says
+            what was measured with the defaults of all three.
         timeout: Seconds that one attempt at a request may take.
         retries: How often a request that failed is made again.
         on_unreachable: What a read does when nobody answers: "raise" ``UnreachableError``, or return an empty context,
