@@ -1,7 +1,7 @@
 """What one adapted prediction costs by the number of entries: the figures that docs/scaling.md reckons with.
 
-``python -m benchmarks.scaling`` needs 10 GB of RAM and a quarter of an hour. The search and the adaptation count, on one
-thread; what makes the keys does not. Times are the processor's, so that other work on the machine matters less.
+``python -m benchmarks.scaling`` needs 10 GB of RAM and a quarter of an hour. The search and the adaptation count, on
+one thread; what makes the keys does not. Times are the processor's, so that other work on the machine matters less.
 """
 
 import argparse

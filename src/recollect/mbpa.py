@@ -124,14 +124,15 @@ class MbPA(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError: If the keys do not fit the memory.
             LabelError: If a retrieved label is not one of the head's outputs.
         """
-        adapter, memory, count = self._adapter, self.memory, len(self.memory)
-        size, near = key_bytes(keys), min(self.neighbors, count)
-        small = size * count <= _SMALL
-        if small and isinstance(adapter, Factored) and adapter.takes_entries and isinstance(memory, SharesEntries):
-            predict, size = partial(self._step, adapter, memory), size + 64 * near + 8 * count
-        else:
-            predict, size = self._predict, size + size * near
-        return in_chunks(predict, keys, before, bytes_per_query=size)
+        adapter, memory, size = self._adapter, self.memory, key_bytes(keys)
+        if isinstance(adapter, Factored) and adapter.takes_entries and isinstance(memory, SharesEntries):
+            count = len(memory)
+            if size * count <= _SMALL:
+                per_query = size + 64 * min(self.neighbors, count) + 8 * count
+                return in_chunks(partial(self._step, adapter, memory), keys, before, bytes_per_query=per_query)
+        # Its capacity, since to ask how many entries there are can cost as much as to read them.
+        per_query = size * (1 + min(self.neighbors, memory.capacity))
+        return in_chunks(self._predict, keys, before, bytes_per_query=per_query)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:
         queries, context = self._read(keys, before)

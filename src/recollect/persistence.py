@@ -21,7 +21,7 @@ from recollect.errors import FormatError, SettingError
 from recollect.kernels import dot_product, gaussian, inverse_distance
 from recollect.likelihoods import Categorical, Gaussian
 from recollect.mbpa import MbPA
-from recollect.memory import DurableMemory, EpisodicMemory, ExactIndex, NeuralDictionary, Static
+from recollect.memory import DurableMemory, EpisodicMemory, ExactIndex, MilvusMemory, NeuralDictionary, Static
 from recollect.meta import LSTMOptimizer, MetaLSTM, Policy
 from recollect.predictors import Mixture, NonParametric, Parametric
 from recollect.snapshot import Tensors
@@ -122,6 +122,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         >>> torch.equal(loaded(torch.eye(2)), model(torch.eye(2)))
         True
     """
+    if isinstance(model, MilvusMemory):
+        raise SettingError(f"{model!r} is stored already, in Milvus. Open it again with the same arguments.")
     if not isinstance(model, nn.Module):
         raise SettingError(f"save takes a module (a predictor, a memory, a network), got {type(model).__name__}.")
     with contextlib.ExitStack() as stack:
@@ -368,6 +370,11 @@ def _setting(value: object, path: str) -> object:
         return [_setting(item, path) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, MilvusMemory):
+        raise SettingError(
+            f"{path!r} is {value!r}, whose entries stay in Milvus. Save the head by itself, and make the predictor of "
+            "the loaded head and this memory."
+        )
     raise SettingError(
         f"{path!r} is {value!r}, which cannot be saved: settings must be numbers, text, or one of recollect's own "
         f"classes ({', '.join(_SETTINGS)}). Save memory and head by themselves and build the predictor from them."

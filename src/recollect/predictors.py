@@ -217,7 +217,7 @@ class NonParametric(nn.Module):
         if self.neighbors is None:
             size = 64 * len(self.memory)  # distances, weights and votes, but no copies of the keys
         else:
-            size = key_bytes(keys) * (1 + min(self.neighbors, len(self.memory)))
+            size = key_bytes(keys) * (1 + min(self.neighbors, self.memory.capacity))
         return in_chunks(self._predict, keys, before, bytes_per_query=size, differentiable=True)
 
     def _predict(self, keys: Float[Tensor, "b d"], before: Before) -> Float[Tensor, "b c"]:

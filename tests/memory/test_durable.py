@@ -30,6 +30,7 @@ from recollect import (
     rules,
     save,
 )
+from recollect.cli import main as command
 from recollect.errors import (
     DtypeError,
     FormatError,
@@ -210,6 +211,44 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_where_nothing_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "taken" / "memory.sqlite").mkdir(parents=True)
+    (tmp_path / "locked" / "writer.lock").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"file/new cannot be made: Not a directory\. Name another folder"):
+        DurableMemory(tmp_path / "file" / "new", 3, 2)
+    with pytest.raises(StorageError, match=r"memory\.sqlite cannot be read: Is a directory\. Name another folder"):
+        DurableMemory(tmp_path / "taken", 3, 2)
+    with pytest.raises(StorageError, match=r"writer\.lock cannot be written: Is a directory.*read_only=True"):
+        DurableMemory(tmp_path / "locked", 3, 2)
+
+
+def test_new_folders_are_on_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    DurableMemory(tmp_path / "a" / "b", 3, 2).close()
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(synced)
+
+
+def test_inference_mode_leaves_no_traces(tmp_path: Path) -> None:
+    """What is made, refreshed or replaced within it is changed outside of it later."""
+    beside = EpisodicMemory(CAPACITY, KEY)
+    with torch.inference_mode():
+        memory, reader = DurableMemory(tmp_path, CAPACITY, KEY), DurableMemory(tmp_path, read_only=True)
+    for turn in range(3):
+        for each in (memory, beside):
+            live(each, seed=turn)
+        reader.refresh()
+        with torch.inference_mode():
+            memory.clear()
+            memory.load_state_dict(state_of(beside))
+            reader.refresh()
+        assert_same(reader, beside)
+    memory.close()
+    reader.close()
+
+
 def test_normal_sync_keeps_what_was_written(tmp_path: Path) -> None:
     with DurableMemory(tmp_path, CAPACITY, KEY, sync="normal") as memory:
         beside = EpisodicMemory(CAPACITY, KEY)
@@ -383,6 +422,35 @@ def test_a_forked_process_may_read_and_nothing_else(tmp_path: Path) -> None:
     assert problems(tmp_path) == []
 
 
+LOOK = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(connection.execute("SELECT size FROM state").fetchone())
+connection.close()
+"""
+
+
+def test_another_program_that_looks_at_the_file_takes_nothing_away(tmp_path: Path) -> None:
+    """SQLite removes the log when the last connection ends: that of the other program must not take itself for it."""
+    memory, beside = twins(tmp_path)
+    DurableMemory(tmp_path, read_only=True).close()
+    assert problems(tmp_path) == []
+    assert command(["memory", "info", str(tmp_path)]) == 0
+    copied = multiprocessing.get_context("fork").Process(target=memory._database._connection.close)
+    copied.start()
+    copied.join()
+    for turn in range(2):
+        look = start(LOOK, tmp_path / "memory.sqlite")
+        assert look.communicate()[0] == f"({len(beside)},)\n"
+        for each in (memory, beside):
+            each.write(normal(2, KEY, seed=turn), labels(2))
+        with DurableMemory(tmp_path, read_only=True) as reader:
+            assert_same(reader, beside)
+    memory.close()
+    with DurableMemory(tmp_path) as again:
+        assert_same(again, beside)
+
+
 @pytest.mark.parametrize("copier", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_memory_cannot_be_copied(tmp_path: Path, copier) -> None:
     with DurableMemory(tmp_path, CAPACITY, KEY) as memory:
@@ -542,6 +610,35 @@ def test_files_that_may_not_grow_lose_nothing(tmp_path: Path) -> None:
         assert memory.ring.values[: len(memory)].unique(return_counts=True)[1].tolist() == [500] * int(written)
 
 
+NO_ROOM = """
+import os, resource, sys, time
+from recollect import DurableMemory
+from recollect.errors import StorageError
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for most in (0, 20_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        DurableMemory(sys.argv[1], 100, 64)
+    except StorageError as error:
+        print(error)
+    print(os.listdir(sys.argv[1]), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_room_for_a_new_memory_leaves_none_and_no_lock(tmp_path: Path) -> None:
+    with start(NO_ROOM, tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(4)]
+            assert "writer.lock cannot be written: File too large. See to the disk" in lines[0]
+            assert "nothing was made" in lines[2]
+            assert lines[1] == lines[3] == "['writer.lock']\n"
+            DurableMemory(tmp_path, CAPACITY, KEY).close()  # while the other process lives on
+        finally:
+            process.kill()
+
+
 def test_a_write_that_is_broken_off_between_file_and_ring_shows_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,6 +669,46 @@ def test_a_write_that_is_broken_off_between_file_and_ring_shows_as_a_whole(
     memory.close()
     with DurableMemory(tmp_path) as memory:
         assert_same(memory, beside)
+
+
+class Interrupted(sqlite3.Connection):
+    """A Ctrl-C while the disk is busy: Python raises it as soon as the commit has returned."""
+
+    armed = False
+
+    def execute(self, sql: str, *arguments) -> sqlite3.Cursor:
+        result = super().execute(sql, *arguments)
+        if sql == "COMMIT" and Interrupted.armed:
+            Interrupted.armed = False
+            raise KeyboardInterrupt
+        return result
+
+
+@pytest.mark.parametrize("operate", [live, lambda each: each.clear()])
+def test_a_commit_that_is_interrupted_is_done_and_the_next_ones_are_as_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operate: Callable[[Any], object]
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **named: connect(*given, **named, factory=Interrupted))
+    memory, beside = DurableMemory(tmp_path, CAPACITY, KEY), EpisodicMemory(CAPACITY, KEY)
+    for each in (memory, beside):
+        each.write(normal(5, KEY), labels(5))
+        each.clear()
+    for rows in ((normal(5, KEY), labels(5)), (normal(9, KEY, seed=1), labels(9))):  # a new block, and a known one
+        Interrupted.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            memory.write(*rows)
+        beside.write(*rows)
+    Interrupted.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        memory.clear()
+    beside.clear()
+    for each in (memory, beside):
+        operate(each)
+    assert_same(memory, beside)
+    memory.close()
+    with DurableMemory(tmp_path) as again:
+        assert_same(again, beside)
 
 
 def flip(path: Path, at: int, count: int = 1) -> None:

@@ -15,11 +15,21 @@ import torch
 from pymilvus import DataType, MilvusClient
 from torch import Tensor, nn
 
-from recollect import EpisodicMemory, LocalAdaptation, MbPA, MilvusMemory, dot_product, rules
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    MilvusMemory,
+    NonParametric,
+    dot_product,
+    load,
+    rules,
+    save,
+)
 from recollect.errors import LockedError, MissingExtraError, RecollectError, SettingError, UnreachableError
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory import Context, collection
-from recollect.memory.connection import _reason
+from recollect.memory.connection import Connection, _reason
 
 KEY, CAPACITY = 6, 30
 Open = Callable[..., MilvusMemory]
@@ -97,6 +107,18 @@ def test_batches_and_answers_larger_than_a_request(open_memory: Open, monkeypatc
         assert open_memory().write(*pairs(1)).item() == 0  # step 90 of 90
 
 
+def test_a_file_is_asked_what_it_has_memory_for() -> None:
+    """At 512 numbers an entry has 2 KiB; a table of 2^28 bytes has room for 6 queries of 20,000 entries."""
+
+    def at_once(uri: str, capacity: int, index: str) -> int:
+        memory = MilvusMemory(uri, "entries", capacity=capacity, key_size=512, index=index, local_keys=False)
+        return memory._collection.at_once(66, whole=False)
+
+    assert [at_once("memory.db", capacity, "HNSW") for capacity in (100, 20_000, 10**6)] == [1310, 6, 2]
+    assert [at_once("memory.db", capacity, "FLAT") for capacity in (100, 20_000, 10**6)] == [1310, 6, 1]
+    assert at_once(NOBODY, 10**6, "FLAT") == 2**18 // 66
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64])
 def test_values_of_any_dtype_come_back_bit_for_bit(open_memory: Open, dtype: torch.dtype) -> None:
     values = torch.randn(9, 2, 3).mul(3).to(dtype)
@@ -130,6 +152,24 @@ def test_only_what_is_not_known_travels(open_memory: Open, monkeypatch: pytest.M
     reader.read(queries, 50)
     assert fetched == [20, 12]
     assert_same(reader.read(queries, 50), writer.read(queries, 50))
+
+
+def test_a_prediction_is_one_request(open_memory: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask = Connection.ask
+
+    def counted(self: Connection, request: Callable) -> object:
+        asked.append(1)
+        return ask(self, request)
+
+    memory = open_memory()
+    memory.write(*pairs(20))
+    monkeypatch.setattr(Connection, "ask", counted)
+    adapted = MbPA(nn.Linear(KEY, 4), memory, neighbors=5, adaptation=LocalAdaptation(rules.sgd(0.1), steps=2))
+    for model in (adapted, NonParametric(memory, classes=4, neighbors=5)):
+        model(pairs(3, seed=5)[0])
+        assert len(asked) == 1
+        asked.clear()
 
 
 # Restarts
@@ -255,6 +295,25 @@ def test_a_copy_travels_as_its_settings(open_memory: Open) -> None:
     copied.close()
 
 
+def test_what_is_in_milvus_is_not_saved_again(open_memory: Open, tmp_path: Path) -> None:
+    memory = open_memory()
+    memory.write(*pairs(5))
+    head, adaptation = nn.Linear(KEY, 4), LocalAdaptation(rules.sgd(0.1), steps=2)
+    model = MbPA(head, memory, neighbors=3, adaptation=adaptation)
+    with pytest.raises(SettingError, match=r"'memory' is MilvusMemory.*stay in Milvus\. Save the head by itself"):
+        save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    save(head, tmp_path / "saved")
+    again = MbPA(load(tmp_path / "saved"), memory, neighbors=3, adaptation=adaptation)
+    assert torch.equal(again(pairs(3)[0]), model(pairs(3)[0]))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_memory_by_itself_is_not_saved_again(open_memory: Open, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"is stored already, in Milvus\. Open it again"):
+        save(open_memory(), tmp_path / "saved")
+
+
 def test_a_forked_process_is_told(open_memory: Open) -> None:
     memory = open_memory()
     memory.write(*pairs(5))
@@ -341,6 +400,10 @@ def test_an_interrupted_creation_is_completed(tmp_path: Path, open_memory: Open,
         ({"timeout": 0.0}, "timeout must be a finite number above 0"),
         ({"retries": -1}, "retries must be a whole number of at least 0"),
         ({"uri": "memory"}, "uri must be a file that ends in .db, or a server's address"),
+        ({"uri": "ftp://localhost:19530"}, "such as http://localhost:19530, got 'ftp://localhost:19530'"),
+        ({"uri": "http://localhost:99999"}, "got 'http://localhost:99999'"),
+        ({"uri": "http://localhost:port"}, "got 'http://localhost:port'"),
+        ({"uri": "http://:19530"}, "got 'http://:19530'"),
         ({"collection": "my entries"}, "collection must be a name of letters, digits and _, got 'my entries'"),
     ],
 )

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MOST = 16_384  # hits of a search, queries of a search, and rows of a query: limits of Milvus
 _REQUEST = 16 * 2**20  # bytes that one request or answer may carry; gRPC takes 64 MB, the server sends 100 MB
 _HITS = 2**18  # hits that one search may return: they come as Python objects
+# milvus-lite makes a table of queries x entries x dimensions of the entries that no index has.
+_TABLE = 2**28  # bytes that it may take
+_UNINDEXED = 2**27  # bytes of keys that it holds before it makes an index of them
 
 _SETTINGS = -1  # the slot of the row that says how the collection was made
 _CLAIMS = -2  # that of the row that says which session writes as writer 0; one further down for each other writer
@@ -95,8 +98,11 @@ class Collection:
         most = min(MOST, _HITS // count)
         if whole:
             most = min(most, _REQUEST // (count * self.settings.row_bytes))
-        if self._connection.is_file and self.settings.index == "FLAT":
-            most = min(most, 1)  # milvus-lite makes a table of queries x entries x dimensions
+        if self._connection.is_file:
+            compared = 4 * self.settings.key_size * self.settings.capacity
+            if self.settings.index == "HNSW":
+                compared = min(compared, _UNINDEXED)
+            most = min(most, max(1, _TABLE // compared))
         return most
 
     def rows(self, slots: Int[Tensor, " m"], *, strong: bool = False) -> Rows:

@@ -26,6 +26,7 @@ class Contents(NamedTuple):
     state: State
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
 def new_ring(settings: Settings, index: Index | None = None) -> EpisodicMemory:
     """Returns an empty memory in RAM."""
     return EpisodicMemory(
@@ -39,6 +40,7 @@ def new_ring(settings: Settings, index: Index | None = None) -> EpisodicMemory:
     )
 
 
+@torch.inference_mode(False)
 def load(database: Database, index: Index | None = None, *, advance: Advance = lambda slots: None) -> Contents:
     """Loads all entries.
 

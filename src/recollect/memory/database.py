@@ -8,13 +8,15 @@
 The file tells by its header whose it is. WAL mode: readers see the last commit, and never half of one.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import secrets
 import sqlite3
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +45,12 @@ INSERT INTO state VALUES (0, 0, 0, 0, 0, 0, 0);
 """
 
 Sync = Literal["full", "normal"]
+
+# How many connections this process has to each file, by its inode. Where there is one, nobody else here may open the
+# file: the system's locks on it go with the first of our descriptors that is closed, SQLite's or not, and then another
+# program that closes the file takes itself for the last one, and removes the log below a writer.
+_connections: Counter[tuple[int, int]] = Counter()
+_connecting = threading.Lock()
 
 
 class State(NamedTuple):
@@ -91,11 +99,12 @@ def create(folder: Path, settings: Settings) -> None:
     Raises:
         StorageError: If it cannot be written.
     """
-    for leftover in folder.glob(f".{_FILE}.*"):
-        leftover.unlink()
+    _remove_unfinished(folder)
     temporary = folder / f".{_FILE}.{secrets.token_hex(8)}"
-    with _explained(folder, "nothing was made"):
+    with _explained(folder, "nothing was made"), contextlib.ExitStack() as stack:
+        stack.callback(_remove_unfinished, folder)
         connection = sqlite3.connect(temporary, isolation_level=None)
+        stack.callback(connection.close)
         connection.execute(f"PRAGMA page_size = {_PAGE}")
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {_VERSION}")
@@ -105,9 +114,14 @@ def create(folder: Path, settings: Settings) -> None:
         connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
         connection.execute("COMMIT")
         connection.close()  # which brings all that the WAL holds into the file, and removes it
-    sync(temporary)
-    temporary.rename(folder / _FILE)
+        sync(temporary)
+        temporary.rename(folder / _FILE)
     sync(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for leftover in folder.glob(f".{_FILE}.*"):
+        leftover.unlink()
 
 
 def exists(folder: Path) -> bool:
@@ -130,32 +144,39 @@ class Database:
 
     def __init__(self, folder: Path, *, write: bool, sync: Sync = "full") -> None:
         self.path = folder / _FILE
-        check_header(folder)
-        self._check_length()
-        with _explained(self.path):
-            self._connection = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode={'rw' if write else 'ro'}",
-                uri=True,
-                isolation_level=None,
-                check_same_thread=False,  # the memory lets one thread at a time in
-            )
-            if write:
-                self._connection.execute(f"PRAGMA synchronous = {sync}")
-                self._connection.execute(f"PRAGMA cache_size = {-_CACHE // 1024}")
-            self.settings = self._read_settings()
+        with _connecting:
+            self._inode, length = _look(folder)
+            _connections[self._inode] += 1
+        try:
+            self._check_length(length)
+            with _explained(self.path):
+                self._connection = sqlite3.connect(
+                    f"{self.path.absolute().as_uri()}?mode={'rw' if write else 'ro'}",
+                    uri=True,
+                    isolation_level=None,
+                    check_same_thread=False,  # the memory lets one thread at a time in
+                )
+        except BaseException:
+            self._leave()
+            raise
+        try:
+            with _explained(self.path):
+                if write:
+                    self._connection.execute(f"PRAGMA synchronous = {sync}")
+                    self._connection.execute(f"PRAGMA cache_size = {-_CACHE // 1024}")
+                self.settings = self._read_settings()
+        except BaseException:
+            self.close()
+            raise
         self.layout = self.settings.layout
         self.per_block = min(self.layout.block, self.settings.slots)
-        self._made: set[int] = set()
-        if write:
-            with _explained(self.path):
-                self._made.update(number for (number,) in self._connection.execute("SELECT number FROM blocks"))
+        self._made: set[int] = set()  # blocks that are known to be there
 
-    def _check_length(self) -> None:
+    def _check_length(self, needed: int) -> None:
         """Refuses a file that lacks its end. While there is a log, the end may still be in that."""
-        header, log = _first_bytes(self.path), self.path.with_name(f"{_FILE}-wal")
-        pages, size = int.from_bytes(header[28:32]), self.path.stat().st_size
-        if size < pages * _PAGE and not (log.exists() and log.stat().st_size):
-            raise self.damaged(f"it is truncated: got {size} bytes, need {pages * _PAGE}")
+        size, log = self.path.stat().st_size, self.path.with_name(f"{_FILE}-wal")
+        if size < needed and not (log.exists() and log.stat().st_size):
+            raise self.damaged(f"it is truncated: got {size} bytes, need {needed}")
 
     def _read_settings(self) -> Settings:
         try:
@@ -168,7 +189,7 @@ class Database:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self.damaged(f"its settings cannot be read ({error})") from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def reading(self) -> Iterator[State]:
         """Within it, all that is read is of one moment: the state that it gives."""
         with _explained(self.path):
@@ -194,14 +215,13 @@ class Database:
             query = "SELECT number, entries FROM changes JOIN blocks USING (number) WHERE version > ? ORDER BY number"
             yield from self._connection.execute(query, (since,))
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self, state: State) -> Iterator[None]:
         """A transaction that ends in this state: when it is over, all of it is on the disk, or on an error nothing.
 
         Raises:
             StorageError: If it cannot be written.
         """
-        made = set(self._made)
         with _explained(self.path, "nothing of it was stored"):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -212,7 +232,7 @@ class Database:
                 )
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._made = made
+                self._made = set()  # who knows: the commit itself may have been done before it was broken off
                 if self._connection.in_transaction:  # SQLite has rolled back by itself after some errors
                     self._connection.execute("ROLLBACK")
                 raise
@@ -236,7 +256,7 @@ class Database:
     def _make(self, number: int) -> None:
         if number not in self._made:
             size = self.per_block * self.layout.length
-            self._connection.execute("INSERT INTO blocks VALUES (?, zeroblob(?))", (number, size))
+            self._connection.execute("INSERT OR IGNORE INTO blocks VALUES (?, zeroblob(?))", (number, size))
             self._made.add(number)
 
     def remove_all(self) -> None:
@@ -264,6 +284,13 @@ class Database:
     def close(self) -> None:
         """Ends the connection. The last to write leaves one file behind."""
         self._connection.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        with _connecting:
+            _connections[self._inode] -= 1
+            if not _connections[self._inode]:
+                del _connections[self._inode]
 
 
 _RESTORE = "It was left as it is: restore a copy of the folder, or import an export of it elsewhere."
@@ -275,12 +302,26 @@ def check_header(folder: Path) -> None:
     Raises:
         MissingDataError: If there is no file.
         FormatError: If it is not a memory's, or a newer version's.
+        StorageError: If it cannot be read.
     """
+    with _connecting:
+        _look(folder)
+
+
+def _look(folder: Path) -> tuple[tuple[int, int], int]:
+    """Does so, and returns the file's inode and how long it must be; 0 where it is open in this process already."""
     path = folder / _FILE
     try:
-        header = _first_bytes(path)
+        status = path.stat()
+        inode = status.st_dev, status.st_ino
+        if inode in _connections:
+            return inode, 0
+        with path.open("rb") as file:
+            header = file.read(100)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingDataError(f"there is no memory in {folder}: it has no {_FILE}.") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Name another folder, or see to it.") from error
     if len(header) < 100 or not header.startswith(_MAGIC) or int.from_bytes(header[68:72]) != _APPLICATION:
         raise FormatError(f"{path} is not the file of a memory, or damaged. Name another folder. {_RESTORE}")
     version = int.from_bytes(header[60:64])
@@ -289,14 +330,10 @@ def check_header(folder: Path) -> None:
             f"{path} has format version {version}, and this recollect reads version {_VERSION}. Update recollect: "
             "pip install -U recollect."
         )
+    return inode, int.from_bytes(header[28:32]) * _PAGE
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(100)
-
-
-@contextmanager
+@contextlib.contextmanager
 def _explained(path: Path, outcome: str = "") -> Iterator[None]:
     """Turns SQLite's errors into ours."""
     try:
@@ -308,8 +345,8 @@ def _explained(path: Path, outcome: str = "") -> Iterator[None]:
         if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
             raise FormatError(f"{path} is damaged: {error}. {_RESTORE}") from error
         outcome = f", and {outcome}" if outcome else ""
-        remedy = " Make room on the disk." if code == sqlite3.SQLITE_FULL else ""
-        raise StorageError(f"{path}: {error}{outcome}.{remedy}") from error
+        remedy = "Make room on the disk" if code == sqlite3.SQLITE_FULL else "See to the disk, its room and permissions"
+        raise StorageError(f"{path}: {error}{outcome}. {remedy}.") from error
 
 
 def _as_json(value: object) -> object:

@@ -178,11 +178,10 @@ class DurableMemory(nn.Module):
             if len(slots) == 0:
                 return slots
             step, room = state.step + len(new_keys), len(ring.queue)
-            times = torch.arange(step - len(slots), step)
             kept = slice(len(new_keys) - len(slots), None)
             position = (state.position + len(new_keys)) % room
             after = state.next(position=position, step=step, size=min(state.size + len(new_keys), room))
-            records = Records(times + 1, new_keys[kept].cpu(), new_values[kept].cpu())
+            records = Records(torch.arange(step - len(slots), step) + 1, new_keys[kept].cpu(), new_values[kept].cpu())
             self._commit(slots.cpu(), records, after, lambda: ring.write(new_keys, new_values))
             return slots
 
@@ -357,6 +356,7 @@ class DurableMemory(nn.Module):
                 self._exchange(contents.load(self._database))
         self._unsure = False
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
     def _exchange(self, new: Contents) -> None:
         """Puts other contents in the place of these."""
         with self._reading:

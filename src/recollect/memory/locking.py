@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from recollect.errors import LockedError, StorageError
@@ -23,21 +24,27 @@ class FolderLock:
 
     Raises:
         LockedError: If someone else has it.
-        StorageError: Where the system has no such locks.
+        StorageError: If nothing can be written there, or the system has no such locks.
     """
 
     def __init__(self, folder: Path) -> None:
         path, end = folder / _NAME, time.monotonic() + _PATIENCE
         _refuse_twice(path)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with _explained(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         while not _locked(self._file, shared=False):
             other = _written(self._file)
             if other is not None or time.monotonic() > end:
                 os.close(self._file)
                 raise _refusal(folder, other)
             time.sleep(0.01)  # someone looks who has it, or has just got it
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        try:
+            with _explained(path):
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        except BaseException:
+            os.close(self._file)
+            raise
         self._inode = _inode(self._file)
         _held[self._inode] = os.getpid()
 
@@ -83,6 +90,17 @@ def _locked(file: int, *, shared: bool) -> bool:
     except (BlockingIOError, PermissionError):  # which of them differs from system to system
         return False
     return True
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. See to the disk and the permissions, name another folder, or "
+            "open it with read_only=True."
+        ) from error
 
 
 def _written(file: int) -> int | None:

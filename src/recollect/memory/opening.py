@@ -18,10 +18,7 @@ def prepare(folder: Path, given: dict[str, Any], index: Index | None) -> FolderL
         if missing := [name for name in ("capacity", "key_size") if name not in given]:
             raise MissingDataError(f"there is no memory in {folder}. Give {' and '.join(missing)} to make one.")
         new_ring(Settings(**given), index)  # refuses what cannot be, before anything is made
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise StorageError(f"{folder} is a file. Name a folder.") from error
+        _make(folder)
     lock = FolderLock(folder)
     try:
         if not database.exists(folder):
@@ -63,3 +60,16 @@ def close(database: Database, lock: FolderLock | None, process: int) -> None:
     database.close()
     if lock is not None:
         lock.release()
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder that is still there after a failure of the power, and those above it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            database.sync(path.parent)
+    except FileExistsError as error:
+        raise StorageError(f"{folder} is a file. Name a folder.") from error
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error.strerror}. Name another folder, or see to it.") from error

@@ -89,11 +89,11 @@ class MilvusMemory:
         consistency: "session", "strong", "bounded" or "eventually".
         writer: Which of the writers this one is.
         writers: How many there are: a property of the collection.
-        index: "HNSW", or "FLAT" for exact search (in milvus-lite one query at a time, as it needs too much memory).
+        index: "HNSW", or "FLAT" for exact search (in milvus-lite a few queries at a time, as it needs much memory).
         links: M of HNSW.
         construction: efConstruction of HNSW.
-        ef: How many nodes an HNSW search follows; never fewer than it is to find. The default of all three is what
-            was measured in docs/milvus.md.
+        ef: How many nodes an HNSW search follows; never fewer than it is to find. docs/milvus.md says
+            what was measured with the defaults of all three.
         timeout: Seconds that one attempt at a request may take.
         retries: How often a request that failed is made again.
         on_unreachable: What a read does when nobody answers: "raise" ``UnreachableError``, or return an empty context,

@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -64,7 +65,7 @@ class Settings:
         require_choice("consistency", self.consistency, ("session", "strong", "bounded", "eventually"))
         require_choice("index", self.index, ("HNSW", "FLAT"))
         require("value_dtype", self.value_dtype, torch.dtype, "a dtype, such as torch.long")
-        if "://" not in self.uri and not self.uri.endswith(".db"):
+        if not (_is_address(self.uri) if "://" in self.uri else self.uri.endswith(".db")):
             raise SettingError(
                 "uri must be a file that ends in .db, or a server's address such as http://localhost:19530, "
                 f"got {self.uri!r}."
@@ -93,6 +94,14 @@ class Settings:
             "value_dtype": str(self.value_dtype).removeprefix("torch."),
             "writers": self.writers,
         }
+
+
+def _is_address(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return parts.scheme in {"http", "https", "tcp"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 class Stamps(NamedTuple):
