@@ -149,6 +149,23 @@ def test_a_journal_that_was_full_repeats_the_very_words_and_shows_the_picture(tm
         assert [neighbor["input"] is not None for neighbor in neighbors if neighbor["slot"] == slot] == [True]
 
 
+def test_what_a_full_journal_has_not_taken_is_not_shown_once_it_is_forgotten(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    with running(small_service(folder=folder)) as server:
+        data = server.engine._journal._data
+        fill(data)
+        for seed in range(120):
+            content = {"inputs": [picture(seed)], "labels": ["ant"], "idempotency_key": "x" * 150 + str(seed)}
+            first = server.client.post("/v1/observe", json=content)
+            if server.engine._ledger._unrecorded is not None:
+                break
+        data.execute("PRAGMA max_page_count = 1000000")
+        assert server.client.delete(f"/v1/memories/{first.json()['slots'][0]}").status_code == 200
+        assert server.client.post("/v1/observe", json=content).text == first.text
+        stored = bytes(round(255 * ink) for row in torch.tensor(content["inputs"][0]).tolist() for ink in row)
+        assert stored not in raw(folder)
+
+
 def test_a_picture_outside_of_black_and_white_is_not_shown_as_another_one(tmp_path: Path) -> None:
     with running(small_service(folder=tmp_path / "memory")) as server:
         odd = [[-3.0, 0.2, 5.0, 0.4]] * 4

@@ -83,7 +83,8 @@ class Journal:
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, not allowed, a full disk
-            raise StorageError(f"{self._path}: {error}.") from error
+            remedy = " Make room on the disk." if "disk is full" in str(error) else ""
+            raise StorageError(f"{self._path}: {error}.{remedy}") from error
         except sqlite3.DatabaseError as error:
             raise FormatError(
                 f"{self._path} is damaged or no journal of recollect: {error}. Restore the folder from a copy."
