@@ -98,9 +98,8 @@ def command(*arguments: str, folder: Path, **environment: str) -> Iterator[Proce
         process = subprocess.Popen(words, cwd=folder, env=known, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, line + (folder / "errors.txt").read_text()
+        found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)), None)
+        assert found, (folder / "errors.txt").read_text()
         yield Process(found[0], process)
     finally:
         if process.poll() is None:

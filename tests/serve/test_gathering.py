@@ -131,7 +131,7 @@ def test_a_lonely_request_does_not_wait_and_a_busy_worker_gathers() -> None:
         assert [await task for task in (first, *rest)] == [10, 20, 30, 40, 50, 60, 70]
         assert (await job, await last) == ("job", 80)
         assert time.perf_counter() - began < 4  # nobody waited for company
-        gatherer.close()
+        assert gatherer.close(10.0)
 
     gathered(test)
     assert batches == [[1], [2, 3, 4, 5], [6, 7], [8]]  # no more than four, and none across a job
@@ -163,7 +163,7 @@ def test_a_full_queue_refuses_and_forgets_what_was_given_up() -> None:
         assert gatherer.size == 0
         go.set()
         assert await gatherer.submit(4, 50) == 4  # larger than the queue, but nothing waits
-        gatherer.close()
+        assert gatherer.close(10.0)
 
     gathered(test)
     assert done == [1, 4]

@@ -1,5 +1,6 @@
 """The journal beside the memory: a kill between the two, full disks, and what is kept for how long."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from serving import Running, picture, running, small_service
 from test_service import error_of, post
 
 from recollect import DurableMemory
-from recollect.errors import FormatError
+from recollect.errors import FormatError, SettingError
 from recollect.serve import journal as module
 from recollect.serve.engine import Engine
 from recollect.serve.journal import Announcement, Answer, Journal
@@ -127,6 +128,106 @@ def test_a_newer_journal_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="version 99"):
         Journal(path)
     assert path.read_bytes() == before
+
+
+def test_a_journal_that_was_full_repeats_the_very_words_and_shows_the_picture(tmp_path: Path) -> None:
+    """Its record of the last write is late; whatever comes next, the record is made first."""
+    with running(small_service(folder=tmp_path / "memory")) as server:
+        data = server.engine._journal._data
+        fill(data)
+        for seed in range(120):  # until the memory has a write that the journal could not take
+            content = {"inputs": [picture(seed)], "labels": ["ant"], "idempotency_key": "x" * 150 + str(seed)}
+            first = server.client.post("/v1/observe", json=content)
+            if server.engine._ledger._unrecorded is not None:
+                break
+        assert first.status_code == 200
+        data.execute("PRAGMA max_page_count = 1000000")
+        slot = first.json()["slots"][0]
+        assert server.client.delete("/v1/memories/3").status_code == 200
+        assert server.client.post("/v1/observe", json=content).text == first.text
+        neighbors = post(server.client, "/v1/explain", input=content["inputs"][0])["neighbors"]
+        assert [neighbor["input"] is not None for neighbor in neighbors if neighbor["slot"] == slot] == [True]
+
+
+def test_what_a_full_journal_has_not_taken_is_not_shown_once_it_is_forgotten(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    with running(small_service(folder=folder)) as server:
+        data = server.engine._journal._data
+        fill(data)
+        for seed in range(120):
+            content = {"inputs": [picture(seed)], "labels": ["ant"], "idempotency_key": "x" * 150 + str(seed)}
+            first = server.client.post("/v1/observe", json=content)
+            if server.engine._ledger._unrecorded is not None:
+                break
+        data.execute("PRAGMA max_page_count = 1000000")
+        assert server.client.delete(f"/v1/memories/{first.json()['slots'][0]}").status_code == 200
+        assert server.client.post("/v1/observe", json=content).text == first.text
+        stored = bytes(round(255 * ink) for row in torch.tensor(content["inputs"][0]).tolist() for ink in row)
+        assert stored not in raw(folder)
+
+
+def test_a_picture_outside_of_black_and_white_is_not_shown_as_another_one(tmp_path: Path) -> None:
+    with running(small_service(folder=tmp_path / "memory")) as server:
+        odd = [[-3.0, 0.2, 5.0, 0.4]] * 4
+        slot = post(server.client, "/v1/observe", inputs=[odd], labels=["ant"])["slots"][0]
+        nearest = post(server.client, "/v1/explain", input=odd)["neighbors"][0]
+        assert (nearest["slot"], nearest["input"]) == (slot, None)
+
+
+def raw(path: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(path.glob("service.sqlite*")))
+
+
+def test_what_is_forgotten_is_gone_from_all_files_at_once_and_even_if_it_is_forgotten_elsewhere(tmp_path: Path) -> None:
+    folder, pictures = tmp_path / "memory", [[[row / 9 + 0.06 * seed] * 4 for row in range(4)] for seed in (1, 2)]
+    stored = [bytes(round(255 * ink) for row in one for ink in row) for one in torch.tensor(pictures).tolist()]
+    with running(small_service(folder=folder)) as server:
+        first, second = post(server.client, "/v1/observe", inputs=pictures, labels=["ant"] * 2)["slots"]
+        assert all(one in raw(folder) for one in stored)
+        assert server.client.delete(f"/v1/memories/{first}").status_code == 200
+        assert [one in raw(folder) for one in stored] == [False, True]
+    with DurableMemory(folder) as memory:
+        memory.forget(second)
+    with running(small_service(folder=folder)):
+        assert stored[1] not in raw(folder)
+
+
+@pytest.mark.parametrize("name", ["memory.sqlite", "service.sqlite"])
+@pytest.mark.parametrize("how", ["cut", "gone", "another one"])
+def test_a_file_that_is_taken_away_while_it_is_served_takes_no_more_writes(tmp_path: Path, name: str, how: str) -> None:
+    folder = tmp_path / "memory"
+    path = folder / name
+    with running(small_service(folder=folder)) as server:
+        post(server.client, "/v1/observe", inputs=[picture(1)], labels=["dodo"])
+        if how == "cut":
+            os.truncate(path, path.stat().st_size - 1)
+        else:
+            path.rename(tmp_path / "taken")
+        if how == "another one":
+            path.write_bytes((tmp_path / "taken").read_bytes())
+        write = server.client.post("/v1/observe", json={"inputs": [picture(2)], "labels": ["emu"]})
+        assert f"{path} is {how}" in error_of(write, 503, "not_stored")["got"]
+        error_of(server.client.delete("/v1/memories/3"), 503, "not_stored")
+        post(server.client, "/v1/predict", inputs=[picture(1)])
+        assert server.client.get("/v1/model").json()["classes"] == ["ant", "bee", "cat", "dodo", None]
+        assert len(server.engine.memory) == 13
+
+
+@pytest.mark.parametrize("size", [0, 50, 4096, 2 * 4096, 5 * 4096])
+def test_a_journal_that_was_cut_is_a_clear_error_at_the_start(tmp_path: Path, size: int) -> None:
+    folder = tmp_path / "memory"
+    with running(small_service(folder=folder)) as server:
+        for seed in range(20):
+            content = {"inputs": [picture(seed)], "labels": ["dodo"], "idempotency_key": 100 * str(seed)}
+            post(server.client, "/v1/observe", **content)
+    path = folder / "service.sqlite"
+    assert path.stat().st_size > size
+    os.truncate(path, size)
+    before = path.read_bytes()
+    error = SettingError if size == 0 else FormatError  # of an empty file nobody can say what it was
+    with pytest.raises(error, match=r"Restore the folder|Name them all"), running(small_service(folder=folder)):
+        pass
+    assert size == 0 or path.read_bytes() == before
 
 
 def test_forgotten_pictures_are_gone_from_the_file(tmp_path: Path) -> None:

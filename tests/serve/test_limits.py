@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from recollect import load, save
 from recollect.cli import main
 from recollect.serve.settings import Settings
+from recollect.serve.sources import from_factory
 
 TOKEN = "0123456789-a-long-secret"
 
@@ -83,9 +85,15 @@ def test_headers_let_nothing_in_from_elsewhere() -> None:
         (("--demo", "--nonsense"), "unrecognized arguments"),
         (("nowhere", "--port", "0"), "there is no folder nowhere"),
         (("nowhere:made", "--port", "0"), "there is no module 'nowhere'"),
-        (("json:nothing", "--port", "0"), "has no function 'nothing'"),
+        (("json:nothing", "--port", "0"), "there is no 'nothing'"),
         (("time:time", "--port", "0"), "must return a recollect.serve.Service, got float"),
         (("nowhere", "--shape", "3,x"), "sizes above 0"),
+        (("--demo", "--shape", "3,3"), "are for saved models"),
+        (("json:loads", "--classes", "a,b"), "are for saved models"),
+        ((":made", "--port", "0"), "need module:factory"),
+        ((".mine:made", "--port", "0"), "need module:factory"),
+        (("json:", "--port", "0"), "need module:factory"),
+        (("sys:path", "--port", "0"), "'path' is a list"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: tuple[str, ...], message: str, capsys) -> None:
@@ -97,11 +105,14 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: tuple[str, ...], m
     assert message in lines[0]
 
 
-def test_a_short_token_and_a_taken_port_are_refused(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_token_and_a_taken_port_are_refused(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECOLLECT_TOKEN", "short")
     assert main(["serve", "--demo"]) == 2
     assert "at least 16" in capsys.readouterr().err
     monkeypatch.delenv("RECOLLECT_TOKEN")
+    (tmp_path / "token").write_bytes(b"\xff\xfe no text at all" * 10)
+    assert main(["serve", "--demo", "--token-file", str(tmp_path / "token")]) == 2
+    assert "printable ASCII" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--demo", "--port", str(taken.getsockname()[1])]) == 2
     assert "Choose another --port" in capsys.readouterr().err
@@ -215,6 +226,15 @@ def test_a_model_that_takes_too_long_is_given_up_and_a_write_that_had_not_begun_
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
+
+def test_an_error_in_the_code_of_a_factory_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faulty_service.py").write_text("import os\nos.nothing\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(AttributeError, match="nothing"):
+        from_factory("faulty_service:made")
+
+
 MODULE = """
 import time
 import torch
@@ -255,6 +275,53 @@ def test_a_term_signal_lets_requests_finish_and_a_kill_loses_nothing(tmp_path: P
             assert job.result().status_code == 200
         assert service.ended() == 0
     assert (tmp_path / "errors.txt").read_text() == ""
+
+
+def test_a_model_that_never_ends_is_said_not_to_be_ready_and_does_not_keep_the_service(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    blank = [[0.0] * 4] * 4
+    with command("mine:service", "--timeout", "0.3", "--drain", "0.3", folder=tmp_path) as service:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            taught = client.post("/v1/observe", json={"inputs": [blank], "labels": ["ant"]})
+            assert taught.status_code == 200
+            assert client.get("/readyz").status_code == 200
+            stuck = client.post("/v1/predict", json={"inputs": [[[600.0, 0, 0, 0], *blank[1:]]]})
+            error_of(stuck, 503, "too_slow")
+            answer = client.get("/readyz")
+            error_of(answer, 503, "too_slow")
+            assert answer.headers["retry-after"] == "1"
+            assert client.get("/healthz").status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        assert service.ended() == 1
+    assert "the model is stuck" in (tmp_path / "errors.txt").read_text()
+    with command("mine:service", folder=tmp_path) as service:
+        assert httpx.get(f"{service.url}/v1/model").json()["entries"] == 1
+
+
+def test_a_second_process_on_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    with command("mine:service", folder=tmp_path) as service:
+        words = [sys.executable, "-m", "recollect", "serve", "mine:service", "--port", "0"]
+        other = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert other.returncode == 2
+        assert len(other.stderr.splitlines()) == 1
+        assert f"process {service.process.pid} has the memory in {tmp_path}/memory" in other.stderr
+        assert httpx.get(f"{service.url}/readyz").status_code == 200
+
+
+def test_two_that_begin_at_once_make_one_memory(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    words = [sys.executable, "-m", "recollect", "serve", "mine:service", "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
+    eventually(lambda: [process.poll() for process in both].count(2) == 1, 60.0)
+    loser, winner = sorted(both, key=lambda process: process.poll() is None)
+    assert "has the memory in" in loser.communicate()[1]
+    winner.send_signal(signal.SIGTERM)
+    printed, complained = winner.communicate(timeout=60)
+    assert (winner.returncode, complained) == (0, "")
+    assert "recollect serves 2 classes" in printed
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
 def test_a_saved_model_is_served_and_its_folder_keeps_what_it_is_taught(tmp_path: Path) -> None:

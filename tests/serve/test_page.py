@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from serving import Running, running
+import torch
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from serving import Running, running, small_service
 from test_limits import TOKEN
 
 from recollect.serve import Service
@@ -73,9 +74,12 @@ def draw_nine(page: Page) -> None:
 
 def test_a_nine_is_drawn_taught_predicted_forgotten_and_remembered_again(browser: Browser, server: Running) -> None:
     page = opened(browser, server)
+    step = page.locator("#steps [aria-current=step]")
     expect(page.locator("#story")).to_contain_text("never seen a 9")
+    expect(step).to_have_text("Draw a 9")
     draw_nine(page)
     says(page, re.compile(r"It says [0-8], "))
+    expect(step).to_have_text("Teach it: this is a 9")
     first = page.locator("#after").inner_text()
     expect(page.locator("#memories button")).to_have_count(5)
     page.get_by_label("Another class").fill("9")
@@ -88,6 +92,7 @@ def test_a_nine_is_drawn_taught_predicted_forgotten_and_remembered_again(browser
     assert "added +" in (taught.get_attribute("aria-label") or "")
     nine = page.get_by_role("row", name="9")
     assert [float(cell.rstrip("%")) > 50 for cell in nine.locator("td span").all_inner_texts()] == [False, True]
+    expect(step).to_have_text("Draw another 9")
     taught.click()
     says(page, "Forgotten")
     expect(page.locator("#after")).to_have_text(first)
@@ -98,7 +103,79 @@ def test_a_nine_is_drawn_taught_predicted_forgotten_and_remembered_again(browser
     expect(page.locator("#memories button")).to_have_count(0)
     draw_nine(page)
     says(page, "It says 9")
+    expect(step).to_have_text("Forget a memory")
+    page.get_by_role("button", name="Forget this memory of 9").click()
+    says(page, "Forgotten")
+    expect(step).to_have_count(0)
     page.close()
+
+
+def test_a_class_that_was_never_seen_is_one_click_and_a_double_click_teaches_once(
+    browser: Browser, server: Running
+) -> None:
+    page = opened(browser, server)
+    page.get_by_role("button", name="Take a picture of 9").click()
+    says(page, "It says")
+    page.get_by_role("button", name="Remember this as 9, a new class").dblclick()
+    says(page, "Remembered as 9, a new class")
+    expect(page.locator("#after")).to_have_text("9")
+    assert len(server.engine.memory) == 46
+    expect(page.get_by_role("button", name="Remember this as 9, a new class")).to_have_count(0)
+    page.close()
+
+
+def test_the_focus_stays_where_it_was(browser: Browser, server: Running) -> None:
+    page = opened(browser, server)
+    page.get_by_role("button", name="Take a picture of 9").press("Enter")
+    says(page, "It says")
+    for name in ("Remember this as 9, a new class", "Remember this as 9", "Remember this as 4"):
+        page.get_by_role("button", name=name, exact=True).press("Enter")
+        says(page, f"Remembered as {name[17]}")
+        expect(page.locator(":focus")).to_have_attribute("data-label", name[17])
+        page.evaluate("() => { document.getElementById('status').textContent = ''; }")
+    page.close()
+
+
+def test_a_lost_answer_is_asked_for_again_and_counts_once(browser: Browser, server: Running) -> None:
+    page = browser.new_page()
+    page.goto(server.url)
+    page.get_by_role("button", name="Take a picture of 3").click()
+    says(page, "It says")
+
+    def lose(route: Route) -> None:
+        route.fetch()  # the service writes, and nobody hears of it
+        route.abort()
+
+    page.route("**/v1/observe", lose)
+    page.get_by_role("button", name="Remember this as 3").click()
+    says(page, "cannot be reached")
+    assert len(server.engine.memory) == 46
+    page.unroute("**/v1/observe")
+    page.get_by_role("button", name="Remember this as 3").click()
+    says(page, "Remembered as 3")
+    assert len(server.engine.memory) == 46
+    page.get_by_role("button", name="Remember this as 3").click()
+    expect(page.locator("#size")).to_contain_text("47 of")  # who means it twice gets it twice
+    page.close()
+
+
+def test_the_share_is_that_of_the_label_that_is_shown(browser: Browser) -> None:
+    """Where an output without a name has most of it, too."""
+    made = small_service(examples=None)
+    with torch.no_grad():
+        made.layer.head.bias[4] = 5.0
+    with running(made) as started:
+        page = browser.new_page()
+        page.goto(started.url)
+        page.get_by_role("button", name="Take a picture of ant").first.click()
+        says(page, "It says")
+        answer = started.client.post("/v1/predict", json={"inputs": [made.samples.inputs[0].tolist()]}).json()
+        label, shares = answer["predictions"][0].values()
+        assert max(shares) == shares[4] > 0.5
+        share = f"{100 * shares[('ant', 'bee', 'cat').index(label)]:.1f}%"
+        expect(page.locator("#after-share")).to_have_text(share)
+        expect(page.get_by_role("row", name=label).locator("td.after span")).to_have_text(share)
+        page.close()
 
 
 def test_keys_alone_are_enough(browser: Browser, server: Running) -> None:
@@ -110,8 +187,8 @@ def test_keys_alone_are_enough(browser: Browser, server: Running) -> None:
             keys.press("Tab")
             focused = page.locator(":focus")
             if focused.count() and name in (focused.get_attribute("aria-label") or focused.get_attribute("id") or ""):
-                outline = focused.evaluate("element => getComputedStyle(element).outlineStyle")
-                assert outline == "solid", f"{name} does not show that it has the focus"
+                outlines = "element => [element, element.parentElement].map((e) => getComputedStyle(e).outlineStyle)"
+                assert "solid" in focused.evaluate(outlines), f"{name} does not show that it has the focus"
                 return
         pytest.fail(f"the tabulator never reaches {name}")
 
@@ -190,6 +267,7 @@ def test_a_name_is_shown_as_text(browser: Browser, server: Running) -> None:
 
 
 def test_without_its_token_the_page_asks_for_it(browser: Browser, service: Service) -> None:
+    service.layer.memory.clear()
     with running(service, Settings(token=TOKEN)) as server:
         page = browser.new_page()
         page.goto(server.url)

@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -11,10 +10,13 @@ import torch
 from serving import SHAPE, Running, picture, running, small_service
 from torch import nn
 
-from recollect import DurableMemory, EpisodicMemory, LocalAdaptation, MbPA, Parametric, rules
-from recollect.errors import FormatError, SettingError
-from recollect.serve import Examples, Service
-from recollect.serve.journal import Journal
+from recollect import (
+    EpisodicMemory,
+    LocalAdaptation,
+    MbPA,
+    rules,
+)
+from recollect.serve import Service
 from recollect.serve.settings import Settings
 
 
@@ -275,114 +277,6 @@ def test_an_adaptation_that_runs_away_is_an_error_and_no_nan() -> None:
     with running(Service(nn.Identity(), layer, input_shape=(2,))) as server:
         error_of(server.client.post("/v1/predict", json={"inputs": [[1e8, 1e8]]}), 422, "not_finite")
         error_of(server.client.post("/v1/explain", json={"input": [1e8, 1e8]}), 422, "not_finite")
-
-
-# Other models ---------------------------------------------------------------------------------------------------------
-
-
-def test_texts_are_served_and_shown() -> None:
-    def letters(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[text.count(letter) + 0.0 for letter in "aeiou"] for text in texts])
-
-    memory = EpisodicMemory(capacity=10, key_size=5)
-    layer = MbPA(nn.Linear(5, 3), memory, neighbors=2, adaptation=LocalAdaptation(rules.sgd(1.0), steps=5))
-    with running(Service(letters, layer, input_shape=None, classes=("yes",))) as server:
-        post(server.client, "/v1/observe", inputs=["ananas", "kiwi é"], labels=["fruit", "yes"])
-        answer = post(server.client, "/v1/explain", input="banana")
-        assert answer["after"]["label"] == "fruit"
-        assert [neighbor["input"] for neighbor in answer["neighbors"]] == ["ananas", "kiwi é"]
-        error_of(server.client.post("/v1/predict", json={"inputs": [[1.0]]}), 422, "wrong_type")
-        surrogate = server.client.post("/v1/predict", content=b'{"inputs": ["\\ud800"]}', headers=JSON)
-        error_of(surrogate, 422, "wrong_type")
-
-
-def test_an_empty_memory_predicts_what_the_network_predicts() -> None:
-    with running(small_service(examples=None)) as server:
-        answer = post(server.client, "/v1/explain", input=picture(1))
-        assert answer["neighbors"] == []
-        assert answer["before"] == answer["after"]
-        service = server.engine.service
-        truth = Parametric(service.layer.head)(service.keys(torch.tensor([picture(1)]))).exp()[0].tolist()
-        assert post(server.client, "/v1/predict", inputs=[picture(1)])["predictions"][0]["probabilities"] == truth
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"input_shape": (4, 0)}, "sizes above 0"),
-        ({"input_shape": [4, 4]}, "sizes above 0"),
-        ({"classes": ("a", "a")}, "different names"),
-        ({"classes": ("a", "")}, "1 to 100 printable"),
-        ({"classes": ["a"]}, "tuple"),
-        ({"encode": 5}, "function or a module"),
-        ({"layer": nn.Linear(8, 5)}, "must be an MbPA"),
-        ({"examples": Examples(["a"], [])}, "1 inputs, but 0 labels"),
-    ],
-)
-@pytest.mark.usefixtures("untyped")
-def test_a_service_of_parts_that_do_not_fit_is_refused(changed: dict, message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        small_service(**changed)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"input_shape": (4, 5)}, "fails on an input of shape"),
-        ({"encode": lambda inputs: inputs}, "keys"),
-        ({"classes": tuple("abcdef")}, "only 5 outputs"),
-    ],
-)
-def test_what_does_not_fit_shows_at_the_start(changed: dict, message: str) -> None:
-    with pytest.raises(SettingError, match=message), running(small_service(**changed)):
-        pass
-
-
-# What outlives the process --------------------------------------------------------------------------------------------
-
-
-def test_names_keys_and_pictures_are_there_after_a_restart(tmp_path: Path) -> None:
-    content = {"inputs": [picture(1)], "labels": ["dodo"], "idempotency_key": "once"}
-    with running(small_service(folder=tmp_path / "memory")) as server:
-        first = post(server.client, "/v1/observe", **content)
-        why = post(server.client, "/v1/explain", input=picture(1))
-        assert isinstance(server.engine.memory, DurableMemory)
-        for slot in (0, 1):
-            server.client.delete(f"/v1/memories/{slot}")
-    with running(small_service(folder=tmp_path / "memory")) as server:
-        assert post(server.client, "/v1/observe", **content) == first
-        assert len(server.engine.memory) == 11  # the examples have not come back
-        again = post(server.client, "/v1/explain", input=picture(1))
-        assert again["neighbors"][0] == why["neighbors"][0]
-        assert again["classes"] == ["ant", "bee", "cat", "dodo", None]
-    with (
-        pytest.raises(SettingError, match="was begun with"),
-        running(small_service(folder=tmp_path / "memory", classes=("x", "y"))),
-    ):
-        pass
-
-
-def test_a_durable_memory_of_ones_own_is_served(tmp_path: Path) -> None:
-    made = small_service()
-    memory = DurableMemory(tmp_path / "own", capacity=20, key_size=8)
-    layer = MbPA(made.layer.head, memory, neighbors=4, adaptation=LocalAdaptation(rules.sgd(1.0), steps=5))
-    with running(small_service(layer=layer)) as server:
-        post(server.client, "/v1/observe", inputs=[picture(1)], labels=["dodo"])
-    with DurableMemory(tmp_path / "own", read_only=True) as memory:
-        assert len(memory) == 13
-    with (
-        pytest.raises(SettingError, match="Leave folder out"),
-        running(small_service(layer=layer, folder=tmp_path / "other")),
-    ):
-        pass
-
-
-def test_a_foreign_journal_stays_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "service.sqlite"
-    path.write_bytes(b"something else entirely" * 100)
-    with pytest.raises(FormatError, match="damaged or no journal"):
-        Journal(path)
-    assert path.read_bytes() == b"something else entirely" * 100
 
 
 def test_limits_are_told(served: Running) -> None:

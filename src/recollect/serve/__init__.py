@@ -3,6 +3,7 @@
     service.py   what is served: ``Service``, which a factory of yours returns
     settings.py  where and how: the command line
     engine.py    what is done with model and memory, one thing at a time
+    ledger.py    the one place that writes: memory and journal agree, whatever happens
     journal.py   what must outlive the process beside the memory: class names, idempotency keys, pictures
     batching.py  concurrent requests become one batch; one worker thread
     wire.py      JSON in and out

@@ -9,7 +9,7 @@ from typing import Any
 
 from recollect.errors import MissingExtraError
 from recollect.serve import schema, wire
-from recollect.serve.batching import Gatherer
+from recollect.serve.batching import Gatherer, too_slow
 from recollect.serve.engine import Engine, Observation, Prediction
 from recollect.serve.guard import ClientGoneError, Guard, read_body
 from recollect.serve.metrics import TYPE, Metrics
@@ -49,7 +49,7 @@ class Desk:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._settings = settings
-        self.metrics = Metrics(entries=lambda: len(engine.memory), capacity=engine.memory.capacity)
+        self.metrics = Metrics(entries=lambda: engine.entries, capacity=engine.memory.capacity)
         self._gatherer: Gatherer[Rows, list[Prediction]] = Gatherer(
             engine.predict,
             most=settings.gather,
@@ -105,7 +105,7 @@ class Desk:
                 "room": engine.room,
                 "input_shape": engine.service.input_shape,
                 "is_picture": engine.service.is_picture,
-                "entries": len(engine.memory),
+                "entries": engine.entries,
                 "capacity": engine.memory.capacity,
                 "samples": self._samples,
                 "limits": {"body": settings.body, "inputs": settings.inputs, "queue": settings.queue},
@@ -117,8 +117,10 @@ class Desk:
         return _json({"healthy": True})
 
     async def ready(self, request: Request) -> Response:
-        """Says that predictions can be made."""
-        return _json({"ready": True, "entries": len(self._engine.memory)})
+        """Says whether predictions can be made: not while the model is stuck."""
+        if self._gatherer.is_stuck:
+            raise too_slow(self._settings.timeout, begun=False)
+        return _json({"ready": True, "entries": self._engine.entries})
 
     async def count(self, request: Request) -> Response:
         """Shows the counters for Prometheus."""
@@ -135,10 +137,12 @@ class Desk:
             raise HTTPException(404)
         return Response(self._page[name], media_type=_PAGE[name])
 
-    def close(self) -> None:
-        """Finishes what was begun."""
-        self._gatherer.close()
-        self._engine.close()
+    def close(self) -> bool:
+        """Finishes what was begun; returns whether the model has, within the time for a request."""
+        is_done = self._gatherer.close(self._settings.timeout)
+        if is_done:
+            self._engine.close()
+        return is_done
 
     async def _object(self, request: Request, *needed: str, optional: str | None = None) -> Object:
         settings = self._settings
@@ -163,9 +167,10 @@ def application(engine: Engine, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        desk.close()
+        app.state.is_done = desk.close()
 
     app = FastAPI(title="recollect", description=_ABOUT, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.is_done = True  # unless the end finds the model at work
     _add(app, desk, engine, settings)
     app.add_exception_handler(RefusedError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_address)
@@ -192,7 +197,7 @@ def _add(app: FastAPI, desk: Desk, engine: Engine, settings: Settings) -> None:
     add("DELETE", "/v1/memories/{slot}", desk.forget, answers(schema.FORGOTTEN, 409, 422, *busy, 507), extra)
     add("GET", "/v1/model", desk.model, answers(schema.MODEL))
     add("GET", "/healthz", desk.healthy, answers({"type": "object"}))
-    add("GET", "/readyz", desk.ready, answers({"type": "object"}))
+    add("GET", "/readyz", desk.ready, answers({"type": "object"}, 503))
     for path, endpoint in (("/metrics", desk.count), ("/", desk.page), ("/page/{name}", desk.part)):
         app.add_api_route(path, endpoint, include_in_schema=False)
 

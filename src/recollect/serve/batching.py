@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from recollect.serve.problems import RefusedError
@@ -58,7 +58,8 @@ class Gatherer(Generic[Item, Result]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recollect")
         self._tickets = itertools.count()
         self._waiting: dict[int, _Waiting] = {}  # in the order in which they came
-        self._busy = False
+        self._working: Future[list[Any]] | None = None
+        self._begun = 0.0  # when the thread has got what it works on
         self._checking = False
         self._size = 0
 
@@ -83,9 +84,15 @@ class Gatherer(Generic[Item, Result]):
         """
         return await self._enter(_Waiting(size, asyncio.get_running_loop().create_future(), job=job))
 
-    def close(self) -> None:
-        """Finishes what was begun, and ends the thread."""
-        self._thread.shutdown(wait=True)
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread is busy with one batch for longer than a request may take."""
+        return self._working is not None and time.perf_counter() - self._begun > self._seconds
+
+    def close(self, seconds: float) -> bool:
+        """Ends the thread, which may finish what it has begun; returns whether it has, within so many seconds."""
+        self._thread.shutdown(wait=False)
+        return self._working is None or not wait([self._working], timeout=seconds).not_done
 
     async def _enter(self, waiting: _Waiting) -> Any:
         if self._size and self._size + waiting.size > self._room:
@@ -105,13 +112,13 @@ class Gatherer(Generic[Item, Result]):
             async with asyncio.timeout(self._seconds):
                 return await waiting.future
         except TimeoutError as error:
-            raise _too_slow(self._seconds, begun=ticket not in self._waiting) from error
+            raise too_slow(self._seconds, begun=ticket not in self._waiting) from error
         finally:
             self._waiting.pop(ticket, None)
             self._size -= waiting.size
 
     def _start(self) -> None:
-        if not self._busy and not self._checking:
+        if self._working is None and not self._checking:
             self._checking = True
             loop = asyncio.get_running_loop()
             loop.call_soon(self._check, loop, len(self._waiting), time.perf_counter() + self._wait)
@@ -124,9 +131,9 @@ class Gatherer(Generic[Item, Result]):
         self._checking = False
         batch = self._take()
         if batch:
-            self._busy = True
-            working = loop.run_in_executor(self._thread, self._run, batch)
-            working.add_done_callback(lambda done: self._finish(batch, done.result()))
+            self._begun = time.perf_counter()
+            self._working = self._thread.submit(self._run, batch)
+            asyncio.wrap_future(self._working).add_done_callback(lambda done: self._finish(batch, done.result()))
 
     def _take(self) -> list[_Waiting]:
         """Returns a job alone, or the predictions before the next job."""
@@ -155,7 +162,7 @@ class Gatherer(Generic[Item, Result]):
             return [error] * len(batch)
 
     def _finish(self, batch: list[_Waiting], results: list[Any]) -> None:
-        self._busy = False
+        self._working = None
         for waiting, result in zip(batch, results, strict=True):
             if waiting.future.done():  # given up
                 continue
@@ -167,7 +174,8 @@ class Gatherer(Generic[Item, Result]):
             self._start()
 
 
-def _too_slow(seconds: float, *, begun: bool) -> RefusedError:
+def too_slow(seconds: float, *, begun: bool) -> RefusedError:
+    """Returns the answer where the model has taken too long, and may have begun with the request."""
     unknown = "A write may have happened: repeat it with the same idempotency key to learn its result."
     return RefusedError(
         503,

@@ -5,26 +5,26 @@ So a prediction sees all or nothing of a write, and there is one writer.
 
 import hashlib
 import json
-import logging
 import math
-import sqlite3
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from recollect.errors import SettingError
-from recollect.memory import DurableMemory
+from recollect.errors import LabelError, SettingError
 from recollect.serve import wire
-from recollect.serve.journal import Announcement, Answer, Journal
+from recollect.serve.journal import Journal
+from recollect.serve.ledger import Ledger, Write
 from recollect.serve.problems import RefusedError, is_of_the_disk, not_stored, refused
 from recollect.serve.service import Batch, Service, ring
 from recollect.serve.wire import Rows
 
 _BATCH = 256  # inputs that are encoded at once
-_SHADES = 255  # of gray in which pictures are kept
-_LOG = logging.getLogger("recollect.serve")
+_GROW = "Correct the labels, or give the head more outputs with recollect.grow(head, classes)."
+_SHARED = (
+    "Correct the labels, or name all classes in Service: other processes that share this memory cannot know new ones."
+)
 
 
 class Prediction(NamedTuple):
@@ -67,18 +67,21 @@ class Engine:
         if isinstance(service.encode, nn.Module):
             service.encode.eval()
         self.outputs = self._try().shape[-1]
-        self._recover()
-        self.names = self._agreed_names()
+        self._ledger = Ledger(service, journal)
+        self._ledger.names = self._agreed_names()
+        self._require_names()
         if not journal.has_begun():
-            if service.examples is not None and service.examples.labels and len(self.memory) == 0:
+            if service.examples is not None and service.examples.labels and self.entries == 0:
                 inputs, labels = service.examples
-                self._write(self._keys(inputs), inputs, labels, key=None, digest="")
+                self._write(inputs, labels, self._keys(inputs), key=None, digest="")
             journal.begin()  # last: examples that a kill has kept out are written at the next start
 
     def _try(self) -> Float[Tensor, "1 c"]:
         """Predicts for an empty input: what does not fit each other shows at the start."""
         try:
             return self.service.layer(self.service.keys(self.service.blank(1)))
+        except LabelError:  # which says it all
+            raise
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
             shape = self.service.input_shape
             raise SettingError(f"the model fails on an input of shape {shape}: {error} Correct input_shape.") from error
@@ -88,6 +91,11 @@ class Engine:
         known, given = self._journal.names(), list(self.service.classes)
         if len(given) > self.outputs:
             raise SettingError(f"{len(given)} classes have names, but the head has only {self.outputs} outputs.")
+        if len(known) > self.outputs:
+            raise SettingError(
+                f"this memory was begun with the classes {known}, but the head has {self.outputs} outputs. Serve one "
+                "with an output for each, or another folder."
+            )
         if known[: len(given)] != given and known:
             raise SettingError(
                 f"the classes are {given}, but this memory was begun with {known}. Name them as before, or serve "
@@ -98,16 +106,37 @@ class Engine:
             self._journal.complete(names=known)
         return known
 
+    def _require_names(self) -> None:
+        """Refuses entries of classes without a name: nobody could predict them, and a new class would take their place.
+
+        Only the rings show them all.
+        """
+        now = ring(self.memory)
+        labels = [] if now is None else now.values[now.written >= 0].unique().tolist()
+        if labels and labels[-1] >= len(self.names):
+            raise SettingError(
+                f"the memory holds entries of the label {labels[-1]}, but only the outputs 0 to {len(self.names) - 1} "
+                "have names. Name them all in classes, or forget those entries."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the classes, by output."""
+        return self._ledger.names
+
+    @property
+    def entries(self) -> int:
+        """How many entries the memory has, as far as this process knows."""
+        return self._ledger.entries
+
     @property
     def room(self) -> int:
-        """How many more classes the head can take."""
-        return self.outputs - len(self.names)
+        """How many more classes can be taught: none where other processes write, too, and would name others."""
+        return 0 if ring(self.memory) is None else self.outputs - len(self.names)
 
     def close(self) -> None:
         """Closes journal and memory."""
-        self._journal.close()
-        if isinstance(self.memory, DurableMemory):
-            self.memory.close()
+        self._ledger.close()
 
     # Predictions ------------------------------------------------------------------------------------------------------
 
@@ -120,8 +149,8 @@ class Engine:
         try:
             return self._predict(parts)
         except Exception as error:
-            if len(parts) == 1:
-                return [refused(error)]
+            if len(parts) == 1 or isinstance(error, ConnectionError):  # which no input is to blame for
+                return [refused(error)] * len(parts)
             return [answer for part in parts for answer in self.predict([part])]
 
     def _predict(self, parts: list[Rows]) -> list[list[Prediction] | Exception]:
@@ -151,7 +180,7 @@ class Engine:
         named = slice(len(self.names))
         neighbors = [
             {"slot": slot, "label": self._name(value), "weight": weight, "distance": distance, "contributions": parts}
-            | self._shown(slot)
+            | dict(zip(("written", "input"), self._ledger.shown(slot), strict=True))
             for slot, value, weight, distance, parts in zip(
                 *(part.tolist() for part in (why.slots, why.values, why.weights, why.distances, why.contributions)),
                 strict=True,
@@ -167,30 +196,11 @@ class Engine:
 
     def classes(self) -> list[str | None]:
         """Returns the name of each output; None where there is room for a class."""
-        return [*self.names, *[None] * self.room]
+        names = list(self.names)  # the event loop asks, while the worker may add one
+        return [*names, *[None] * (self.outputs - len(names))]
 
     def _name(self, value: int) -> str:
         return self.names[value] if 0 <= value < len(self.names) else str(value)
-
-    def _shown(self, slot: int) -> dict[str, Any]:
-        """Returns when a slot was written, and the input that it came from, where these are known."""
-        slots = ring(self.memory)
-        if slots is None:
-            return {"written": None, "input": None}
-        written = int(slots.written[slot])
-        try:
-            stored = self._journal.input(slot, written)
-        except sqlite3.Error as error:
-            _LOG.warning("the journal cannot be read: %s", error)
-            stored = None
-        if stored is None:
-            return {"written": written, "input": None}
-        if not self.service.is_picture:
-            return {"written": written, "input": stored.decode()}
-        assert self.service.input_shape is not None
-        flat = [round(shade / _SHADES, 4) for shade in stored]
-        width = self.service.input_shape[1]
-        return {"written": written, "input": [flat[at : at + width] for at in range(0, len(flat), width)]}
 
     # Writes -----------------------------------------------------------------------------------------------------------
 
@@ -203,8 +213,8 @@ class Engine:
         """
         digest = _digest(wanted)
         try:
-            self._recover()
-            known = None if wanted.key is None else self._journal.answer(wanted.key)
+            self._ledger.settle()
+            known = self._ledger.answer(wanted.key)
         except Exception as error:
             raise not_stored(error) from error
         if known is not None:
@@ -223,7 +233,7 @@ class Engine:
         except Exception as error:
             raise refused(error) from error
         try:
-            text = self._write(keys, inputs, wanted.labels, key=wanted.key, digest=digest)
+            text = self._write(inputs, wanted.labels, keys, key=wanted.key, digest=digest)
         except Exception as error:
             raise (not_stored if is_of_the_disk(error) else refused)(error) from error
         return Observed(text, is_replay=False)
@@ -233,58 +243,13 @@ class Engine:
         return torch.cat(parts)
 
     def _write(
-        self, keys: Shaped[Tensor, "n d"], inputs: Batch, labels: list[str], *, key: str | None, digest: str
+        self, inputs: Batch, labels: list[str], keys: Shaped[Tensor, "n d"], *, key: str | None, digest: str
     ) -> str:
         """Writes to memory and journal; returns the answer."""
         new = self._new_names(labels)
-        number = {name: place for place, name in enumerate([*self.names, *new])}
         if len(labels) > self.memory.capacity:
             raise _too_many(len(labels), self.memory.capacity)
-        before = ring(self.memory)
-        step = -1 if before is None else int(before.step)
-        announced = bool(new) or key is not None
-        if announced:
-            self._journal.announce(Announcement(step, labels, new, key, digest))
-        try:
-            slots = self.memory.write(keys, torch.tensor([number[label] for label in labels]))
-        except Exception:
-            if announced:
-                self._journal.drop()
-            raise
-        self.names += new
-        answer = Answer(bytes.fromhex(digest), self._answer(slots, labels, new))
-        try:
-            self._journal.complete(names=new, inputs=self._kept(slots, inputs), key=key, answer=answer)
-        except sqlite3.Error as error:  # the memory has it: what was announced is completed before the next write
-            _LOG.warning("the journal has not taken what the memory has: %s", error)
-        return answer.text
-
-    def _answer(self, slots: Int[Tensor, " n"], labels: list[str], new: list[str]) -> str:
-        entries = len(self.memory)
-        return json.dumps({"slots": slots.tolist(), "labels": labels, "new_classes": new, "entries": entries})
-
-    def _kept(self, slots: Int[Tensor, " n"], inputs: Batch) -> list[tuple[int, int, bytes]]:
-        """Returns slot, write time and input of entries whose inputs can be shown."""
-        now = ring(self.memory)
-        if now is None or not (self.service.is_picture or isinstance(inputs, list)):
-            return []
-        return list(zip(slots.tolist(), now.written[slots].tolist(), map(_bytes, inputs), strict=True))
-
-    def _recover(self) -> None:
-        """Completes or drops a write that was announced and of which no more is known: a kill, or a full disk."""
-        lost = self._journal.announced()
-        if lost is None:
-            return
-        now = ring(self.memory)
-        if now is None:
-            self._journal.complete(names=lost.names)  # nobody can say: names without entries do no harm
-        elif int(now.step) > lost.step:
-            times = torch.arange(lost.step, lost.step + len(lost.labels))
-            slots = torch.cat([(now.written == time).nonzero()[:, 0] for time in times])
-            answer = Answer(bytes.fromhex(lost.digest), self._answer(slots, lost.labels, lost.names))
-            self._journal.complete(names=lost.names, key=lost.key, answer=answer)  # nothing is left of the pictures
-        else:
-            self._journal.drop()
+        return self._ledger.write(Write(keys, inputs, labels, new, key, digest))
 
     def _new_names(self, labels: list[str]) -> list[str]:
         new = [name for name in dict.fromkeys(labels) if name not in self.names]
@@ -294,7 +259,7 @@ class Engine:
                 "no_room",
                 got=f"{len(new)} classes never seen ({', '.join(map(repr, new[:5]))}), and room for {self.room}",
                 need=f"labels among {self.names[:20]}, or outputs of the head that have no name yet",
-                do="Correct the labels, or give the head more outputs with recollect.grow(head, classes).",
+                do=_SHARED if ring(self.memory) is None else _GROW,
             )
         return new
 
@@ -304,7 +269,7 @@ class Engine:
         Raises:
             RefusedError: If the slot is empty, or holds another entry by now.
         """
-        memory, now = self.memory, ring(self.memory)
+        now = ring(self.memory)
         if written is not None and now is not None and int(now.written[slot]) not in (written, -1):
             raise RefusedError(
                 409,
@@ -313,24 +278,15 @@ class Engine:
                 need=f"what it holds now, written at {int(now.written[slot])}",
                 do="Ask for an explanation again: the memory you mean is gone.",
             )
-        count = len(memory)
         try:
-            self._journal.forget(slot)  # first: a memory without its picture does no harm
-            memory.forget(slot)
+            is_gone = self._ledger.forget(slot)
         except Exception as error:
             raise (not_stored if is_of_the_disk(error) else refused)(error) from error
-        if len(memory) == count:
+        if not is_gone:
             raise RefusedError(
                 404, "empty_slot", got=f"slot {slot}, which holds nothing", need="a slot with a memory", do="Nothing."
             )
-        return len(memory)
-
-
-def _bytes(one: Shaped[Tensor, "h w"] | str) -> bytes:
-    """Returns an input as it is kept to be shown: a picture in 256 shades, or a text."""
-    if isinstance(one, str):
-        return one.encode()
-    return bytes(one.clamp(0, 1).mul(_SHADES).round().to(torch.uint8).flatten().tolist())
+        return self.entries
 
 
 def _digest(wanted: Observation) -> str:

@@ -6,12 +6,15 @@ must know of is announced first: the next start finds the announcement, looks wh
 and completes or drops it. This needs that nobody else writes to the memory meanwhile.
 """
 
+import contextlib
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from recollect.errors import FormatError
+from recollect.errors import FormatError, StorageError
 
 KEYS = 100_000  # idempotency keys that are kept; the oldest go first
 _APPLICATION, _VERSION = 0x7265636A, 1  # "recj"
@@ -52,7 +55,9 @@ class Journal:
         path: Where it lies or will be made; None keeps everything in RAM.
 
     Raises:
-        FormatError: If the file is another program's, damaged, or of a newer version. It stays as it is.
+        FormatError: If the file is another program's, damaged, or of a newer version. It stays as it is. Every method
+            raises this where damage shows later.
+        StorageError: If it cannot be opened; by every method, if it cannot be read or written, as on a full disk.
 
     Example:
         >>> journal = Journal(None)
@@ -63,14 +68,31 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        try:
+        with self._explained():
             # The worker thread uses what the main thread has opened, one after the other.
             self._data = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                self._data.close()
+                raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, not allowed, a full disk
+            remedy = " Make room on the disk." if "disk is full" in str(error) else ""
+            raise StorageError(f"{self._path}: {error}.{remedy}") from error
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, not allowed, a full disk
-                raise OSError(f"{path} cannot be opened: {error}.") from error
-            raise FormatError(f"{path} is damaged or no journal of recollect: {error}. Move it away.") from error
+            raise FormatError(
+                f"{self._path} is damaged or no journal of recollect: {error}. Restore the folder from a copy."
+            ) from error
+
+    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[Any]:
+        with self._explained():
+            return self._data.execute(query, values).fetchall()
 
     def _open(self) -> None:
         read = self._data.execute
@@ -93,33 +115,33 @@ class Journal:
 
     def names(self) -> list[str]:
         """Returns the names of the classes, by output."""
-        return [name for (name,) in self._data.execute("SELECT name FROM classes ORDER BY number")]
+        return [name for (name,) in self._rows("SELECT name FROM classes ORDER BY number")]
 
     def has_begun(self) -> bool:
         """Returns whether ``begin`` was called, by whatever process."""
-        return self._data.execute("SELECT count(*) FROM begun").fetchone()[0] > 0
+        return bool(self._rows("SELECT * FROM begun"))
 
     def begin(self) -> None:
         """Remembers that the memory has what it begins with."""
-        self._data.execute("INSERT OR IGNORE INTO begun VALUES (0)")
+        self._rows("INSERT OR IGNORE INTO begun VALUES (0)")
 
     def answer(self, key: str) -> Answer | None:
         """Returns what was answered under an idempotency key."""
-        found = self._data.execute("SELECT digest, answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if found is None else Answer(*found)
+        found = self._rows("SELECT digest, answer FROM answers WHERE key = ?", (key,))
+        return Answer(*found[0]) if found else None
 
     def announce(self, write: Announcement) -> None:
         """Says what will be written."""
-        self._data.execute("INSERT OR REPLACE INTO announced VALUES (0, ?)", (json.dumps(write),))
+        self._rows("INSERT OR REPLACE INTO announced VALUES (0, ?)", (json.dumps(write),))
 
     def announced(self) -> Announcement | None:
         """Returns what was announced and neither completed nor dropped."""
-        found = self._data.execute("SELECT content FROM announced").fetchone()
-        return None if found is None else Announcement(*json.loads(found[0]))
+        found = self._rows("SELECT content FROM announced")
+        return Announcement(*json.loads(found[0][0])) if found else None
 
     def drop(self) -> None:
         """Takes an announcement back."""
-        self._data.execute("DELETE FROM announced")
+        self._rows("DELETE FROM announced")
 
     def complete(
         self,
@@ -137,7 +159,7 @@ class Journal:
             key: The idempotency key of the request.
             answer: What is answered under it.
         """
-        with self._data:
+        with self._explained(), self._data:
             self._data.execute("BEGIN IMMEDIATE")
             known = self._data.execute("SELECT count(*) FROM classes").fetchone()[0]
             self._data.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(names or [], known))
@@ -149,10 +171,29 @@ class Journal:
 
     def input(self, slot: int, written: int) -> bytes | None:
         """Returns the input of the entry that was written to a slot at that time."""
-        query = "SELECT input FROM inputs WHERE slot = ? AND written = ?"
-        found = self._data.execute(query, (slot, written)).fetchone()
-        return None if found is None else found[0]
+        found = self._rows("SELECT input FROM inputs WHERE slot = ? AND written = ?", (slot, written))
+        return found[0][0] if found else None
 
     def forget(self, slot: int) -> None:
-        """Removes the input of a slot."""
-        self._data.execute("DELETE FROM inputs WHERE slot = ?", (slot,))
+        """Removes the input of a slot, and its bytes from the files."""
+        self._rows("DELETE FROM inputs WHERE slot = ?", (slot,))
+        self._erase()
+
+    def keep(self, written: list[int]) -> None:
+        """Removes the inputs of entries that are no more, such as those forgotten while no service ran.
+
+        Args:
+            written: When each slot was written.
+        """
+        known = dict(enumerate(written))
+        gone = [(slot,) for slot, time in self._rows("SELECT slot, written FROM inputs") if known.get(slot) != time]
+        if gone:
+            with self._explained(), self._data:
+                self._data.execute("BEGIN IMMEDIATE")
+                self._data.executemany("DELETE FROM inputs WHERE slot = ?", gone)
+            self._erase()
+
+    def _erase(self) -> None:
+        """Takes what was deleted out of the log, too; if that fails, a later one does."""
+        with contextlib.suppress(StorageError):
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)")

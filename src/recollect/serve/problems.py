@@ -1,7 +1,6 @@
 """What a request may be refused for: a status, and what came, what is needed, what to do."""
 
 import errno
-import sqlite3
 
 from recollect.errors import FormatError, RecollectError
 
@@ -32,6 +31,8 @@ def refused(error: Exception) -> RefusedError:
     """Returns the answer to a request that the encoder or the model could not take."""
     if isinstance(error, RefusedError):
         return error
+    if isinstance(error, ConnectionError):
+        return _unreachable(error, "Nothing was done. Try again in a moment.")
     return RefusedError(
         422,
         "not_taken",
@@ -42,21 +43,35 @@ def refused(error: Exception) -> RefusedError:
 
 
 def not_stored(error: Exception) -> RefusedError:
-    """Returns the answer to a write that the disk refused."""
-    full = (isinstance(error, OSError) and error.errno in _FULL) or "full" in str(error)
+    """Returns the answer to a write that memory or journal refused."""
+    if isinstance(error, ConnectionError):
+        return _unreachable(error, "A part of the write may have been stored; predictions see what was.")
+    full = (isinstance(error, OSError) and error.errno in _FULL) or "disk is full" in str(error)
+    mend = "Make room" if full else "Mend what the error says"
     return RefusedError(
         507 if full else 503,
         "disk_full" if full else "not_stored",
         got=f"an error of the disk: {_short(error)}",
-        need="room for the write" if full else "a disk that can be written",
-        do="Nothing of the request was stored, and predictions go on. Make room, then send it again.",
+        need="room for the write" if full else "files that can be written",
+        do=f"Nothing of the request was stored, and predictions go on. {mend}, then send it again.",
         retry=None if full else 5,
     )
 
 
 def is_of_the_disk(error: Exception) -> bool:
     """Whether memory or journal could not be written."""
-    return isinstance(error, OSError | sqlite3.Error | FormatError)
+    return isinstance(error, OSError | FormatError)
+
+
+def _unreachable(error: ConnectionError, do: str) -> RefusedError:
+    return RefusedError(
+        503,
+        "unreachable",
+        got=f"no answer: {_short(error)}",
+        need="the server that memory or model need",
+        do=do,
+        retry=5,
+    )
 
 
 def _short(error: Exception) -> str:

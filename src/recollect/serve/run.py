@@ -1,6 +1,8 @@
 """``run``: what ``recollect serve`` does, from the command line to the last answer."""
 
 import logging
+import math
+import os
 import signal
 import socket
 import sys
@@ -32,13 +34,14 @@ def run(words: list[str]) -> None:
     with _listen(chosen.host, chosen.port) as listening:
         served = store.kept(sources.service(chosen))
         engine = Engine(served, store.journal(served))
+        app = application(engine, chosen.settings)
         config = uvicorn.Config(
-            application(engine, chosen.settings),
+            app,
             access_log=False,
             log_config=None,
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=round(chosen.settings.drain),
+            timeout_graceful_shutdown=math.ceil(chosen.settings.drain),
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -49,6 +52,10 @@ def run(words: list[str]) -> None:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has drained, and raises the signal that it was stopped by again
             return
+        finally:
+            if not app.state.is_done:  # Python would wait for the thread; what is committed is safe
+                print("recollect: the model is stuck; the service ends without it.", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -105,8 +105,11 @@ class Service:
         Raises:
             ShapeError: If the encoder does not return one key for each input.
         """
-        with torch.no_grad():
-            keys = self.encode(inputs)
+        try:
+            with torch.no_grad():
+                keys = self.encode(inputs)
+        except SystemExit as error:  # one input must not end the service
+            raise RuntimeError(f"encode wants to exit, with status {error.code}") from error
         if not isinstance(keys, Tensor) or keys.dim() != 2 or len(keys) != len(inputs):
             got = tuple(keys.shape) if isinstance(keys, Tensor) else type(keys).__name__
             raise ShapeError(f"encode must map {len(inputs)} inputs to keys ({len(inputs)}, d), got {got}.")

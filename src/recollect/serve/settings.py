@@ -100,10 +100,18 @@ def command(words: list[str]) -> Command:
             f"--host {chosen.host} would let others in without a token. Set {_TOKEN} or --token-file, or leave --host "
             "out to listen on this machine only."
         )
+    is_saved = chosen.model is not None and is_folder(chosen.model)
+    if not is_saved and (chosen.classes or chosen.shape):
+        raise SettingError("--classes and --shape are for saved models; --demo and a function name their own.")
     names = tuple(name.strip() for name in chosen.classes.split(",")) if chosen.classes else ()
     return Command(
         chosen.model, chosen.demo, names, _shape(chosen.shape), chosen.memory, chosen.host, chosen.port, settings
     )
+
+
+def is_folder(model: str) -> bool:
+    """Whether what is to be served names a saved model, and not ``module:factory``."""
+    return ":" not in model or Path(model).is_dir()
 
 
 def is_loopback(host: str) -> bool:
@@ -126,7 +134,7 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
 
 def _token(file: Path | None) -> str | None:
     if file is not None:
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8", errors="replace").strip()
     return os.environ.get(_TOKEN) or None
 
 

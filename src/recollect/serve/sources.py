@@ -13,7 +13,7 @@ from recollect.mbpa import MbPA
 from recollect.memory import EpisodicMemory
 from recollect.persistence import load
 from recollect.serve.service import Examples, Service
-from recollect.serve.settings import Command
+from recollect.serve.settings import Command, is_folder
 
 
 def service(command: Command) -> Service:
@@ -25,10 +25,10 @@ def service(command: Command) -> Service:
     """
     if command.model is None:
         made = demo()
-    elif ":" in command.model and not Path(command.model).is_dir():
-        made = from_factory(command.model)
-    else:
+    elif is_folder(command.model):
         made = from_folder(Path(command.model), command.classes, command.shape)
+    else:
+        made = from_factory(command.model)
     return made if command.memory is None else dataclasses.replace(made, folder=command.memory)
 
 
@@ -95,15 +95,19 @@ def from_factory(name: str) -> Service:
         SettingError: If there is no such function, or it returns something else.
     """
     module, _, factory = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), factory]):
+        raise SettingError(f"need module:factory, such as service:service for a function in service.py, got {name!r}.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(importlib.import_module(module), factory)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0] and error.name != module:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise SettingError(f"there is no module {module!r} here. Start in the folder that holds it.") from error
-    except AttributeError as error:
-        raise SettingError(f"{module} has no function {factory!r}.") from error
+    made = found.__dict__.get(factory)
+    if not callable(made):
+        what = f"{factory!r} is a {type(made).__name__}" if made is not None else f"there is no {factory!r}"
+        raise SettingError(f"{module} needs a function that returns a recollect.serve.Service, but {what}.")
     result = made()
     if not isinstance(result, Service):
         raise SettingError(f"{name} must return a recollect.serve.Service, got {type(result).__name__}.")

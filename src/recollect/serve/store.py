@@ -1,16 +1,19 @@
 """Where what is taught is kept: the memory of a service becomes a ``DurableMemory`` in a folder, with the journal."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from recollect.errors import SettingError
 from recollect.mbpa import MbPA
 from recollect.memory import DurableMemory, EpisodicMemory
 from recollect.memory.database import exists, sync
+from recollect.memory.locking import holder
 from recollect.serve.journal import Journal
 from recollect.serve.service import Service
 
@@ -36,9 +39,17 @@ def kept(service: Service) -> Service:
             "folder out."
         )
     folder = Path(service.folder).absolute()
+    settings = {
+        "capacity": given.capacity,
+        "key_size": given.key_size,
+        "value_shape": given.value_shape,
+        "value_dtype": given.values.dtype,
+        "key_dtype": given.keys.dtype,
+        "history": given.history,
+    }
     if not exists(folder):
-        _copy(given, folder)
-    memory = DurableMemory(folder, key_size=given.key_size)
+        _copy(given, settings, folder)
+    memory = DurableMemory(folder, **settings, index=given.index)
     durable = MbPA(
         layer.head,
         memory,
@@ -56,28 +67,22 @@ def journal(service: Service) -> Journal:
     return Journal(memory.folder / _JOURNAL if isinstance(memory, DurableMemory) else None)
 
 
-def _copy(given: EpisodicMemory, folder: Path) -> None:
+def _copy(given: EpisodicMemory, settings: dict[str, Any], folder: Path) -> None:
     """Makes a durable copy of a memory, which is in the folder as a whole or not at all."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise SettingError(f"{folder} holds something else than a memory. Name a new or an empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     leftover = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.partial")
     for path in folder.parent.iterdir():
-        if leftover.fullmatch(path.name):
+        if leftover.fullmatch(path.name) and holder(path) is None:  # nobody is making it
             shutil.rmtree(path)
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
     try:
-        copy = DurableMemory(
-            partial,
-            given.capacity,
-            given.key_size,
-            value_shape=given.value_shape,
-            value_dtype=given.values.dtype,
-            key_dtype=given.keys.dtype,
-            history=given.history,
-        )
-        with copy:
+        with DurableMemory(partial, **settings) as copy:
             if len(given):
                 copy.load_state_dict(given.state_dict())
-        os.replace(partial, folder)
+        with contextlib.suppress(OSError):  # if another process was faster, its copy counts
+            os.replace(partial, folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -18,9 +18,9 @@ export function show(canvas, picture) {
 }
 
 export class Board {
-  /** `changed` is called when a stroke ends, `say` with what a screen reader should say. */
-  constructor(canvas, { shape, changed, say }) {
-    Object.assign(this, { canvas, shape, changed, say });
+  /** `changed` is called when a stroke ends, `say` with what a screen reader should say; `hint` is on the empty board. */
+  constructor(canvas, { shape, changed, say, hint }) {
+    Object.assign(this, { canvas, shape, changed, say, hint });
     this.paper = new OffscreenCanvas(SIZE, SIZE); // the strokes alone, without the pen's mark
     this.ink = this.paper.getContext("2d", { willReadFrequently: true });
     this.ink.lineCap = this.ink.lineJoin = "round";
@@ -143,8 +143,14 @@ export class Board {
       context.drawImage(small, 0, 0, SIZE, SIZE);
     }
     context.drawImage(this.paper, 0, 0);
+    if (this.isEmpty) {
+      context.fillStyle = "#6d6d6d";
+      context.font = "16px system-ui, sans-serif";
+      context.textAlign = "center";
+      context.fillText(this.hint(), SIZE / 2, SIZE / 2 + 5);
+    }
     if (this.canvas.matches(":focus-visible")) {
-      context.strokeStyle = "#b4631a";
+      context.strokeStyle = matchMedia("(prefers-color-scheme: dark)").matches ? "#004198" : "#b4631a"; // is inverted
       context.lineWidth = 3;
       context.beginPath();
       context.arc(this.pen.x, this.pen.y, this.pen.down ? 5 : 10, 0, 2 * Math.PI);

@@ -3,8 +3,14 @@
 import { Board, show } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
+const MOST = 12; // classes that are shown, where there are more: the likeliest
 const percent = (share) => (share < 0.0005 ? "0%" : share > 0.9995 ? "100%" : `${(100 * share).toFixed(1)}%`);
-const state = { token: sessionStorage.getItem("token"), model: null, board: null, input: null, asked: 0, undo: null };
+const state = {
+  token: sessionStorage.getItem("token"), model: null, board: null, input: null, asked: 0, undo: null,
+  lesson: null, // the class to be taught, as long as it is the story, and which step is next
+  isBusy: false, // with a write
+  unanswered: null, // the write that was sent last, until it is answered
+};
 
 class Refused extends Error {
   constructor(status, error) {
@@ -59,26 +65,69 @@ async function refresh() {
   state.model = model;
   $("size").textContent = `${model.entries.toLocaleString("en")} of ${model.capacity.toLocaleString("en")} memories`;
   const names = model.classes.filter((name) => name !== null);
-  $("labels").replaceChildren(...names.slice(0, 30).map((name) => {
-    const button = make("button", { type: "button", text: name, "aria-label": `Remember this as ${name}` });
-    button.addEventListener("click", () => attempt(() => teach(name)));
-    return button;
-  }));
+  const strange = [...new Set(model.samples.map((sample) => sample.label))].filter((name) => !names.includes(name));
+  if (strange.length && model.is_picture) state.lesson ??= { label: strange[0], step: 0, taught: null };
+  showLabels(names.slice(0, 30), model.room ? strange.slice(0, 3) : []);
   $("room").textContent = model.room
     ? `There is room for ${model.room} more ${model.room === 1 ? "class" : "classes"}.`
     : "There is no room for more classes.";
-  const strange = [...new Set(model.samples.map((sample) => sample.label))].filter((name) => !names.includes(name));
-  $("story").textContent = strange.length
-    ? `It has never seen a ${strange[0]}. Draw one, teach it, then draw another.`
-    : "Draw, see what it thinks, and teach it better.";
-  $("name").placeholder = strange.length ? `another class, such as ${strange[0]}` : "another class";
+  $("name").disabled = $("naming").querySelector("button").disabled = model.room === 0 && names.length <= 30;
+  tellStory();
+}
+
+function showLabels(names, strange) {
+  const focused = document.activeElement?.dataset.label;
+  $("labels").replaceChildren(...[...names, ...strange].map((name) => {
+    const isNew = strange.includes(name);
+    const button = make("button", {
+      type: "button", text: name, class: isNew ? "new" : "known", "data-label": name,
+      "aria-label": `Remember this as ${name}${isNew ? ", a new class" : ""}`,
+    });
+    if (isNew) button.append(make("small", { text: "new" }));
+    button.addEventListener("click", () => attempt(() => alone(() => teach(name))));
+    if (name === focused) queueMicrotask(() => button.focus());
+    return button;
+  }));
+}
+
+/** Says what to do next, as long as there is a class that the network has never seen. */
+function tellStory() {
+  const { lesson, model } = state;
+  $("steps").hidden = !lesson;
+  if (!lesson) {
+    $("story").textContent = model.is_picture ? "Draw, see what it thinks, and teach it better." : "See what it thinks, and teach it better.";
+    return;
+  }
+  const { label, step } = lesson;
+  $("story").textContent = step < 3 ? `This network has never seen a ${label}. Teach it one.` : `It knows a ${label} now, and its weights have not changed.`;
+  const steps = [`Draw a ${label}`, `Teach it: this is a ${label}`, `Draw another ${label}`, "Forget a memory"];
+  $("steps").replaceChildren(...steps.map((text, at) => make("li", {
+    text, class: at < step ? "done" : "", ...(at === step ? { "aria-current": "step" } : {}),
+  }, ...(at < step ? [make("span", { class: "unseen", text: " (done)" })] : []))));
+}
+
+/** Goes on in the story, if this is its next step. */
+function advance(step) {
+  if (state.lesson?.step !== step) return;
+  state.lesson.step += 1;
+  tellStory();
+}
+
+/** Runs a write, unless another one is under way: a double click teaches once. */
+async function alone(job) {
+  if (state.isBusy) return;
+  state.isBusy = true;
+  try {
+    await job();
+  } finally {
+    state.isBusy = false;
+  }
 }
 
 function begin() {
   const { model } = state;
   if (!model.is_picture) {
     $("input-title").textContent = "Input";
-    $("story").textContent = "See what it thinks, and teach it better.";
     $("text-label").textContent = model.input_shape ? `JSON: a list of shape ${model.input_shape.join(" x ")}` : "Text";
     $("writing").hidden = false;
     return;
@@ -88,7 +137,9 @@ function begin() {
     shape: model.input_shape,
     changed: () => attempt(() => look(state.board.picture())),
     say: (text) => { $("spoken").textContent = text; },
+    hint: () => (state.lesson && state.lesson.step < 3 ? `Draw a ${state.lesson.label} here` : "Draw here"),
   });
+  clear();
   $("seen").width = $("seen").height = 1;
   $("samples-box").hidden = model.samples.length === 0;
   $("samples").replaceChildren(...model.samples.map(({ label, input }) => {
@@ -101,7 +152,7 @@ function begin() {
 }
 
 /** Explains an input, and shows the answer unless another was asked for meanwhile. */
-async function look(input, done = (after) => `It says ${after.label}, ${percent(best(after))}.`) {
+async function look(input, done = (said) => `It says ${said.join(", ")}.`) {
   state.input = input;
   const number = ++state.asked;
   if (input === null) return clear();
@@ -109,8 +160,10 @@ async function look(input, done = (after) => `It says ${after.label}, ${percent(
   const answer = await ask("POST", "/v1/explain", { input });
   if (number !== state.asked) return;
   showAnswer(answer);
-  const said = done(answer.after);
-  if (said) tell(said);
+  tell(done([answer.after.label, percent(best(answer.after, answer.classes))]));
+  const { lesson } = state;
+  advance(0);
+  if (lesson?.step === 2 && input !== lesson.taught && answer.after.label === lesson.label) advance(2);
 }
 
 function verdict(id, label, share) {
@@ -118,22 +171,24 @@ function verdict(id, label, share) {
   $(`${id}-share`).textContent = share;
 }
 
-const best = (prediction) => Math.max(...prediction.probabilities);
+const best = ({ label, probabilities }, classes) => probabilities[classes.indexOf(label)];
 
 function clear() {
   for (const id of ["before", "after"]) verdict(id, "\u2013", "");
-  $("chances").tBodies[0].replaceChildren();
-  $("memories").replaceChildren();
+  const rows = state.model.classes.map((name, place) => ({ name, place })).filter(({ name }) => name !== null);
+  if (rows.length <= MOST) showChances(rows, null, null);
+  else $("chances").tBodies[0].replaceChildren();
+  $("memories").replaceChildren(make("li", { class: "empty", text: "They are shown once there is something to predict." }));
   $("seen").width = $("seen").height = 1;
   tell("");
 }
 
 function showAnswer({ before, after, classes, neighbors }) {
-  verdict("before", before.label, percent(best(before)));
-  verdict("after", after.label, percent(best(after)));
+  verdict("before", before.label, percent(best(before, classes)));
+  verdict("after", after.label, percent(best(after, classes)));
   const rows = classes.map((name, place) => ({ name, place, share: Math.max(before.probabilities[place], after.probabilities[place]) }))
     .filter(({ name }) => name !== null);
-  const shown = rows.length > 12 ? rows.sort((one, other) => other.share - one.share).slice(0, 12) : rows;
+  const shown = rows.length > MOST ? rows.sort((one, other) => other.share - one.share).slice(0, MOST) : rows;
   showChances(shown, before, after);
   const place = classes.indexOf(after.label);
   $("memories").replaceChildren(...neighbors.map((neighbor) => tile(neighbor, after.label, neighbor.contributions[place])));
@@ -151,11 +206,11 @@ function showChances(shown, before, after) {
   }
   shown.forEach(({ name, place }, at) => {
     const row = body.rows[at];
-    row.className = name === after.label ? "best" : "";
+    row.className = name === after?.label ? "best" : "";
     [before, after].forEach((prediction, side) => {
-      const share = prediction.probabilities[place];
+      const share = prediction?.probabilities[place] ?? 0;
       const cell = row.cells[side + 1];
-      cell.querySelector("span").textContent = percent(share);
+      cell.querySelector("span").textContent = prediction ? percent(share) : "";
       requestAnimationFrame(() => cell.querySelector(".bar").style.setProperty("--share", percent(share)));
     });
   });
@@ -163,8 +218,8 @@ function showChances(shown, before, after) {
 
 function tile(neighbor, label, added) {
   const { slot, weight, input } = neighbor;
-  const sign = added < 0 ? "\u2212" : "+";
-  const amount = Math.abs(added) < 0.005 ? "nothing" : `${sign}${Math.abs(added).toFixed(2)} to ${label}`;
+  const sign = Math.abs(added) < 0.005 ? "" : added < 0 ? "\u2212" : "+";
+  const amount = sign ? `${sign}${Math.abs(added).toFixed(2)} to ${label}` : "nothing";
   const button = make("button", {
     type: "button",
     class: "tile",
@@ -177,18 +232,29 @@ function tile(neighbor, label, added) {
   } else {
     button.append(make("span", { class: "text", text: input ?? `slot ${slot}` }));
   }
+  const meter = make("span", { class: "meter", "aria-hidden": "true" });
+  meter.style.setProperty("--share", percent(weight));
   button.append(
     make("strong", {}, make("span", { text: neighbor.label }), make("span", { class: "forget", text: "forget" })),
+    meter,
     make("span", { class: "quiet", text: `weight ${percent(weight)}` }),
-    make("span", { class: "quiet", text: amount === "nothing" ? "added nothing" : amount }),
+    make("span", { class: `quiet ${{ "+": "for", "\u2212": "against" }[sign] ?? ""}`, text: sign ? amount : "added nothing" }),
   );
-  button.addEventListener("click", () => attempt(() => forget(neighbor)));
+  button.addEventListener("click", () => attempt(() => alone(() => forget(neighbor))));
   return make("li", {}, button);
 }
 
+/** Teaches. If the answer is lost, the same again carries the same key, and counts once. */
 async function observe(input, label) {
-  const key = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(16)).join("-");
-  return ask("POST", "/v1/observe", { inputs: [input], labels: [label] }, { "Idempotency-Key": key });
+  const content = { inputs: [input], labels: [label] };
+  const same = JSON.stringify(content);
+  if (state.unanswered?.same !== same) {
+    const key = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(16)).join("-");
+    state.unanswered = { same, key };
+  }
+  const answer = await ask("POST", "/v1/observe", content, { "Idempotency-Key": state.unanswered.key });
+  state.unanswered = null;
+  return answer;
 }
 
 async function teach(label) {
@@ -199,16 +265,21 @@ async function teach(label) {
   }
   const said = `${$("after").textContent} ${$("after-share").textContent}`;
   const { new_classes: created } = await observe(input, label);
+  if (label === state.lesson?.label && state.lesson.step === 1) {
+    state.lesson.taught = input;
+    advance(1);
+  }
   await refresh();
-  await look(input, (after) => `Remembered as ${label}${created.length ? ", a new class" : ""}. ` +
-    `It said ${said}, and now says ${after.label} ${percent(best(after))}.`);
+  await look(input, (now) => `Remembered as ${label}${created.length ? ", a new class" : ""}. ` +
+    `It said ${said}, and now says ${now.join(" ")}.`);
 }
 
 async function forget({ slot, written, label, input }) {
   const guard = written === null ? "" : `?written=${written}`;
   await ask("DELETE", `/v1/memories/${slot}${guard}`);
   await refresh();
-  await look(state.input, (after) => `Forgotten. Now it says ${after.label}, ${percent(best(after))}.`);
+  await look(state.input, (now) => `Forgotten. Now it says ${now.join(", ")}.`);
+  advance(3);
   const undo = input === null ? null : async () => { await observe(input, label); await refresh(); await look(state.input, () => "Remembered again."); };
   tell($("status").textContent, { undo });
   ($("memories").querySelector("button") ?? $("board")).focus();
@@ -227,12 +298,12 @@ $("door").addEventListener("submit", (event) => {
   attempt(open);
 });
 $("wipe").addEventListener("click", () => { state.board.wipe(); attempt(() => look(null)); $("board").focus(); });
-$("undo").addEventListener("click", () => attempt(state.undo));
+$("undo").addEventListener("click", () => attempt(() => alone(state.undo)));
 $("naming").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = $("name").value.trim();
   if (!name) return;
-  attempt(async () => { await teach(name); $("name").value = ""; });
+  attempt(() => alone(async () => { await teach(name); $("name").value = ""; }));
 });
 $("writing").addEventListener("submit", (event) => {
   event.preventDefault();
