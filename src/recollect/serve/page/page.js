@@ -99,7 +99,8 @@ function tellStory() {
     return;
   }
   const { label, step } = lesson;
-  $("story").textContent = step < 3 ? `This network has never seen a ${label}. Teach it one.` : `It knows a ${label} now, and its weights have not changed.`;
+  $("story").textContent = step < 2 ? `This network has never seen a ${label}. Teach it one.`
+    : step === 2 ? `It has seen one ${label} now. Is one enough?` : `It knows a ${label} now, and its weights have not changed.`;
   const steps = [`Draw a ${label}`, `Teach it: this is a ${label}`, `Draw another ${label}`, "Forget a memory"];
   $("steps").replaceChildren(...steps.map((text, at) => make("li", {
     text, class: at < step ? "done" : "", ...(at === step ? { "aria-current": "step" } : {}),
@@ -137,7 +138,7 @@ function begin() {
     shape: model.input_shape,
     changed: () => attempt(() => look(state.board.picture())),
     say: (text) => { $("spoken").textContent = text; },
-    hint: () => (state.lesson && state.lesson.step < 3 ? `Draw a ${state.lesson.label} here` : "Draw here"),
+    hint: () => (state.lesson?.step < 3 ? `Draw a${state.lesson.step < 2 ? "" : "nother"} ${state.lesson.label} here` : "Draw here"),
   });
   clear();
   $("seen").width = $("seen").height = 1;
