@@ -1,6 +1,6 @@
 """What a durable memory's file holds, in RAM: loaded, brought up to date, and written back as a whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.index import Index
 from recollect.memory.records import Records, order
 
+_TOGETHER = 8  # blocks that are unpacked at once: many save calls, and too many leave the caches
 Advance = Callable[[int], None]  # is told how many slots are done
 
 
@@ -49,10 +50,10 @@ def load(database: Database, index: Index | None = None, *, advance: Advance = l
     """
     settings = database.settings
     ring, stamps = new_ring(settings, index), torch.zeros(settings.slots, dtype=torch.long)
-    scratch = bytearray(database.per_block * database.layout.length)  # a blob itself may not be written to
+    scratch = bytearray(_TOGETHER * database.per_block * database.layout.length)
     with database.reading() as state:
-        for number, blob in database.blocks():
-            first, records = _unpack(database, number, blob, scratch)
+        for number, blobs in _runs(database.blocks()):
+            first, records = _unpack(database, number, blobs, scratch)
             part = slice(first, first + len(records.stamps))
             ring.keys[part], ring.values[part], stamps[part] = records.keys, records.values, records.stamps
             advance(len(records.stamps))
@@ -85,7 +86,7 @@ def changes(database: Database, contents: Contents) -> Changes | None:
             return None
         blocks = database.blocks(contents.state.version) if state.version != contents.state.version else ()
         for number, blob in blocks:
-            first, records = _unpack(database, number, blob, bytearray(len(blob)))
+            first, records = _unpack(database, number, [blob], bytearray(len(blob)))
             part = stamps[first : first + len(records.stamps)]
             new = (records.stamps != part).nonzero().squeeze(1)
             parts.append((new + first, Records(*(column[new] for column in records))))
@@ -129,7 +130,7 @@ def replace(database: Database, ring: EpisodicMemory, state: State, *, advance: 
     )
     with database.writing(after):
         database.remove_all()
-        for slots in used.split(database.per_block):
+        for slots in used.split(database.per_block) if len(used) else ():
             part = slots.to(ring.keys.device)
             records = Records(stamps[slots], ring.keys[part].cpu(), ring.values[part].cpu())
             if records.keys.is_floating_point() and bool(too_large(records.keys).any()):
@@ -159,17 +160,33 @@ def _stamps(ring: EpisodicMemory) -> Int[Tensor, " n"]:
     return stamps
 
 
-def _unpack(database: Database, number: int, blob: bytes, scratch: bytearray) -> tuple[int, Records]:
-    """Returns the first slot of a block, and its records, which lie in ``scratch``."""
-    first, slots = number * database.per_block, database.settings.slots
-    if not 0 <= first < slots or len(blob) != len(scratch) or len(blob) != database.per_block * database.layout.length:
-        raise database.damaged(f"its block {number} has {len(blob)} bytes and cannot be there")
-    scratch[:] = blob
-    records, sound = database.layout.unpack(scratch)
+def _runs(blocks: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, list[bytes]]]:
+    """Returns blocks that follow on each other together, a few at a time, with the number of the first."""
+    start, run = 0, list[bytes]()
+    for number, blob in blocks:
+        if run and (number != start + len(run) or len(run) == _TOGETHER):
+            yield start, run
+            run = []
+        if not run:
+            start = number
+        run.append(blob)
+    if run:
+        yield start, run
+
+
+def _unpack(database: Database, number: int, blobs: Sequence[bytes], scratch: bytearray) -> tuple[int, Records]:
+    """Returns the first slot of a block, and its records and those of the next ones, which lie in ``scratch``."""
+    slots, size = database.settings.slots, database.per_block * database.layout.length
+    for place, blob in enumerate(blobs):
+        if not 0 <= (number + place) * database.per_block < slots or len(blob) != size:
+            raise database.damaged(f"its block {number + place} has {len(blob)} bytes and cannot be there")
+        scratch[place * size : (place + 1) * size] = blob  # itself it may not be written to
+    first, used = number * database.per_block, len(blobs) * size
+    records, sound = database.layout.unpack(scratch if used == len(scratch) else scratch[:used])
+    count = min(len(sound), slots - first)
     if not bool(sound.all()):
         bad = first + int((~sound).nonzero()[0])
         raise database.damaged(f"the checksum of slot {bad} is wrong")
-    count = min(len(sound), slots - first)
     return first, Records(*(part[:count] for part in records))
 
 

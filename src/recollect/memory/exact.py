@@ -57,7 +57,9 @@ class ExactIndex(WindowIndex):
         for chunk in _chunks(occupied, keys):
             rows = _rows(keys, chunk).to(dtype)
             self._center += rows.sum(0)
-            squares += rows.square().sum()
+            squares += torch.dot(
+                rows.flatten(), rows.flatten()
+            )  # one pass, where squares would need memory of their own
         self._center /= max(1, len(occupied))
         if bool(self._center.square().sum() * len(occupied) <= _NEGLIGIBLE * squares):
             self._center.zero_()
