@@ -261,6 +261,17 @@ def test_margin_of_victory() -> None:
             close(margins[name][step], sum(wins) / 5)
 
 
+def test_who_diverges_loses() -> None:
+    nan, inf = math.nan, math.inf
+    losses = {"a": [[1.0, 1.0], [1.0, nan]], "b": [[2.0, nan], [nan, inf]], "c": [[4.0, 3.0], [5.0, nan]]}
+    margins = margin_of_victory({name: torch.tensor(rows).double() for name, rows in losses.items()})
+    close(margins["a"], torch.tensor([(1 + 2) / 2, 4 / 2]))  # in the last problem all diverge: a margin of 0
+    close(margins["b"], torch.tensor([-inf, -inf]))
+    close(margins["c"], torch.tensor([(-3 - 2) / 2, -4 / 2]))
+    ahead = margin_of_victory({"a": torch.ones(1, 2), "b": torch.full((1, 2), nan)})
+    assert ahead["a"].tolist() == [inf]
+
+
 # Errors
 
 

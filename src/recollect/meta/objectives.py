@@ -159,6 +159,9 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
         losses: Of each optimizer, at the start and after each step, of each problem; all on the same problems.
 
     Raises:
+    *Ours:* NaN counts as infinite, as the steps have diverged, which is worst. Where the best of the others is as
+    infinite, the margin is 0.
+
         SettingError: If there are fewer than two optimizers.
         ShapeError: If their losses are not of as many steps and problems.
 
@@ -176,8 +179,10 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
             f"all losses must be of the same shape (steps, problems), got {shapes}. Let each optimizer take as many "
             "steps on the same problems."
         )
-    others = {name: torch.stack([loss for rival, loss in losses.items() if rival != name]) for name in losses}
-    return {name: (others[name].amin(0) - own).mean(1) for name, own in losses.items()}
+    losses = {name: loss.masked_fill(loss.isnan(), torch.inf) for name, loss in losses.items()}
+    best = {name: torch.stack([loss for rival, loss in losses.items() if rival != name]).amin(0) for name in losses}
+    # Of equal ones the difference is 0, where infinity less infinity would be NaN.
+    return {name: (best[name] - own).masked_fill(best[name] == own, 0.0).mean(1) for name, own in losses.items()}
 
 
 def _squares(params: Params, *, matrix: Float[Tensor, "b n n"], target: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
