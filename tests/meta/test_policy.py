@@ -308,6 +308,21 @@ def test_margins_need_tensors_of_two_dimensions(untyped: None) -> None:
         margin_of_victory({"a": torch.ones(3, 5), "b": [1.0]})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.long, torch.complex64, "float"])
+def test_problems_are_of_floating_point_numbers(family: Callable[..., Problem], dtype: object, untyped: None) -> None:
+    with pytest.raises(DtypeError, match=r"such as dtype=torch\.float64, got dtype="):
+        family(3, dtype=dtype)
+
+
+def test_a_history_of_another_batch_is_refused(untyped: None) -> None:
+    policy, params = made(), draw((5,))
+    _, state = policy.update(params, policy.init(params), params, torch.ones(5, dtype=torch.float64))
+    for rows, loss in (((4,), torch.ones(4).double()), ((), torch.ones(()).double())):
+        with pytest.raises(ShapeError, match=r"got that of \(5,\)\. Is it that of another batch"):
+            policy.update(draw(rows), state, draw(rows), loss)
+
+
 def test_another_number_of_parameters_is_refused() -> None:
     policy, params = made(4), draw()
     with pytest.raises(ShapeError, match=r"moves 4 numbers, but the parameters \['weight', 'bias'\] are 3.*joint=True"):
