@@ -123,6 +123,8 @@ class GuidedPolicySearch:
     - The first trajectories are the policy's own; there those of momentum. (The experiment ``learned-optimizer`` lets
       the policy imitate momentum first.)
     - eta is one of a row, not found by dual ascent. nu does not change.
+    - The policy's parameters are fitted by one pass of the optimizer over the samples in each ``step`` (ours), not by a
+      full minimization.
 
     It remembers the controllers from step to step: pass the same problems each time. Any rule serves that can be
     differentiated in its parameters.
