@@ -349,6 +349,22 @@ def test_more_images_than_there_are() -> None:
         sequences(known(), torch.arange(3), tasks=1, ways=2, instances=0, generator=seeded())
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda generator: episodes(known(), torch.arange(3), **FEW, generator=generator),
+        lambda generator: sequences(known(), torch.arange(3), **ROW, generator=generator),
+        lambda generator: jittered(torch.rand(2, 4, 4), generator=generator),
+        lambda generator: class_split(5, 3, generator=generator),
+    ],
+)
+@pytest.mark.parametrize("wrong", [None, 0, torch.Generator])
+@pytest.mark.usefixtures("untyped")
+def test_draws_need_a_generator(draw: Callable[[object], object], wrong: object) -> None:
+    with pytest.raises(SettingError, match=r"generator must be a source of draws, such as torch\.Generator\(\)"):
+        draw(wrong)
+
+
 @pytest.mark.usefixtures("untyped")
 def test_lists_are_no_tensors() -> None:
     with pytest.raises(DtypeError, match="classes must be a tensor, got list"):

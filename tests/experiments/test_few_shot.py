@@ -183,6 +183,25 @@ def test_a_run(tiny: Scale, tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
+def test_costs_are_medians_for_each_query(tiny: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    seconds = iter((90.0, 7.0, 1.0, 3.0, 80.0, 10.0, 60.0, 30.0))  # each fourth one is a warm-up
+
+    def learner(some: Episodes) -> torch.Tensor:
+        asked.append(tuple(some.queries.shape[:2]))
+        now[0] += next(seconds)
+        return some.query_labels
+
+    record = Run(tmp_path, {})
+    study = few_shot._Study(record, replace(tiny, timed=3, queries=2))
+    monkeypatch.setattr(study, "_choices", lambda name, shots: [few_shot.Choice({"steps": 1}, learner)])
+    monkeypatch.setattr(few_shot.time, "perf_counter", lambda: now[0])
+    study.cost("nearest", 1, {"steps": 1})
+    assert asked == [(1, 1)] * 4 + [(1, 10)] * 4, "one query, then those of five classes, of one task at a time"
+    assert record.rows[-1]["milliseconds"] == 3_000.0
+    assert record.rows[-1]["together"] == 3_000.0, "30 s for ten queries"
+
+
 def test_settings_are_chosen_on_validation_tasks(tiny: Scale, tmp_path: Path) -> None:
     record = Run(tmp_path, {})
     study = few_shot._Study(record, replace(tiny, valid=5, test=5))

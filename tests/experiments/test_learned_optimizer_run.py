@@ -44,8 +44,8 @@ TINY = Scale(
     Course(6, 4, 3e-3, 2, 4),
     imitation=2,
     batch=3,
-    pairs=2,
-    guided=3,
+    pairs=4,
+    guided=2,
     samples=2,
     spacing=16.0,
     valid=3,
@@ -205,7 +205,7 @@ def test_a_trained_rule_is_the_best_on_validation_problems(
     rule = study._learned(name, rules.sgd(0.1))
     valid = FAMILIES[family].draw(3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judge = final_loss if name == LSTM else loss_on_the_way
-    assert len(offered) == {LSTM: 4, POLICY: 4, EVOLVED: 5, GUIDED: 4}[name]
+    assert len(offered) == {LSTM: 4, POLICY: 4, EVOLVED: 3, GUIDED: 5}[name]
     assert judge(trajectories(rule, valid, 6 if name == LSTM else 4)) == min(offered)
 
 
@@ -262,18 +262,19 @@ def test_a_training_that_diverges_goes_back_to_the_best(tmp_path: Path, monkeypa
 def test_training_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, rule: str
 ) -> None:
-    """It is stopped in its second imitation, or at its second look at validation problems."""
+    """It is stopped in its second imitation, or at a look at validation problems, after a step of guided search."""
     monkeypatch.setattr(training, "_SECONDS", -1.0)  # every step is saved
     made = {folder: learned_optimizer._Study(Run(tmp_path / folder, {}), TINY, "robust regression") for folder in "ab"}
-    worse = count(1)
-    for study in made.values():  # the first look is the best: after a stop it must still be there
-        monkeypatch.setattr(study, "_judge", lambda losses: float(next(worse)))
+    # Where the first look is the best, it must still be there after a stop; where the last is, all must go on.
+    looks = count(99, -1) if rule == GUIDED else count(1)
+    for study in made.values():
+        monkeypatch.setattr(study, "_judge", lambda losses: float(next(looks)))
     whole = made["a"]._learned(rule, rules.sgd(0.1))
     real, calls = getattr(place, name), []
 
     def stop(*arguments: Any) -> Any:
         calls.append(name)
-        if len(calls) == 2:
+        if len(calls) == (4 if rule == GUIDED else 2):
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -281,7 +282,7 @@ def test_training_goes_on_where_it_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         made["b"]._learned(rule, rules.sgd(0.1))
     again = made["b"]._learned(rule, rules.sgd(0.1))
-    assert len(calls) == {"imitation_error": 3, EVOLVED: 6, GUIDED: 5}[rule if name == "offer" else name]
+    assert len(calls) == {"imitation_error": 3, EVOLVED: 4, GUIDED: 6}[rule if name == "offer" else name]
     assert isinstance(whole, Policy)
     assert isinstance(again, Policy)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))

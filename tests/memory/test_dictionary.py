@@ -470,6 +470,13 @@ def test_refuses_what_it_cannot_use() -> None:
     for settings in ({"capacity": 0}, {"key_size": 2.0}, {"rate": -0.1}, {"rate": 1.5}, {"rate": float("nan")}):
         with pytest.raises(SettingError):
             NeuralDictionary(**({"capacity": 3, "key_size": 2} | settings))
+    for settings, message in (
+        ({"value_shape": 3}, r"value_shape must be a tuple, such as \(3,\) .*got 3"),
+        ({"value_shape": (-1,)}, "each of value_shape must be a whole number of at least 0, got -1"),
+        ({"value_dtype": "float"}, r"value_dtype must be a dtype, such as torch\.long, got 'float'"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            NeuralDictionary(3, 2, **settings)
     with pytest.raises(DtypeError, match="uint8"):
         NeuralDictionary(3, 2, key_dtype=torch.uint8)
     dictionary = random_dictionary()

@@ -389,3 +389,12 @@ def test_settings(untyped: None, settings: dict[str, object]) -> None:
 def test_a_class_is_no_adaptation(untyped: None) -> None:
     with pytest.raises(SettingError, match="adaptation must be"):
         MbPA(linear(), filled(), neighbors=2, adaptation=ContextHypernetwork)
+
+
+def test_adapted_needs_queries_and_their_context(untyped: None) -> None:
+    with pytest.raises(
+        SettingError, match=r"context must be what memory\.read\(queries, neighbors\) returns, got None"
+    ):
+        trained().adapted(linear(), queries(), None)
+    with pytest.raises(DtypeError, match="queries must be a tensor, got list"):
+        trained().adapted(linear(), [[0.0] * KEY], context())

@@ -412,6 +412,20 @@ def test_arguments_are_checked(untyped: None) -> None:
     assert search.state_dict(), "nothing is forgotten"
 
 
+def test_a_policy_that_cannot_learn_is_refused() -> None:
+    problem = family()
+    policy, search = made(problem), search_of()
+    adam = torch.optim.Adam(policy.parameters())
+    search.step(policy, problem, optimizer=adam, generator=G)
+    policy.requires_grad_(False)
+    with pytest.raises(SettingError, match="hold parameters that require a gradient, got none"):
+        search.step(policy, problem, optimizer=adam, generator=G)
+    assert search.state_dict(), "nothing is forgotten"
+    other = torch.optim.Adam(made(problem).parameters())
+    with pytest.raises(SettingError, match="steps must depend on parameters that the optimizer holds"):
+        search.step(policy, problem, optimizer=other, generator=G)
+
+
 def test_nothing_is_kept_of_the_graph_of_a_start() -> None:
     problem = family()
     problem = problem._replace(start={name: p.requires_grad_() for name, p in problem.start.items()})

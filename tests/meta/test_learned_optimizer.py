@@ -11,7 +11,7 @@ from torch import nn
 
 from recollect import EpisodicMemory, LocalAdaptation, MbPA, Parametric, rules
 from recollect.adaptation.rules import Params
-from recollect.errors import NonFiniteError, SettingError
+from recollect.errors import NonFiniteError, SettingError, ShapeError
 from recollect.meta import coordinates
 from recollect.meta.learned_optimizer import LSTMOptimizer
 from recollect.meta.meta_lstm import MetaLSTM
@@ -404,6 +404,49 @@ def test_trainers_say_what_they_need(trainer: Any, untyped: None) -> None:
         trainer.step(rule, problem(), optimizer="adam")
     with pytest.raises(SettingError, match="trainer must be Backpropagation"):
         train(rule, lambda g: problem(), optimizer=adam, trainer=type(trainer), iterations=1)
+
+
+def frozen() -> LSTMOptimizer:
+    return made().requires_grad_(False)
+
+
+@pytest.mark.parametrize("trainer", [Backpropagation(steps=4), EvolutionStrategy(steps=4, pairs=1)])
+def test_a_rule_that_cannot_learn_is_refused(trainer: Any) -> None:
+    rule = frozen()
+    with pytest.raises(SettingError, match=r"hold parameters that require a gradient, got none.*requires_grad_\(\)"):
+        trainer.step(rule, problem(), optimizer=torch.optim.Adam(rule.parameters()))
+
+
+@pytest.mark.parametrize("rule", [rules.sgd(0.1), frozen()])
+def test_the_optimizer_of_another_rule_is_refused(rule: rules.Rule) -> None:
+    adam = torch.optim.Adam(made().parameters())
+    with pytest.raises(SettingError, match="steps must depend on parameters that the optimizer holds"):
+        Backpropagation(steps=4).step(rule, problem(), optimizer=adam)
+    with torch.no_grad(), pytest.raises(SettingError, match=r"leave torch\.no_grad\(\)"):
+        Backpropagation(steps=4).step(made(), problem(), optimizer=adam)
+
+
+@pytest.mark.parametrize("family", [problem(), None])
+def test_a_family_is_a_function(family: Any, untyped: None) -> None:
+    adam = torch.optim.Adam(made().parameters())
+    with pytest.raises(SettingError, match=r"family must be a function that draws a Problem.*got "):
+        train(made(), family, optimizer=adam, trainer=Backpropagation(steps=4), iterations=1)
+
+
+@pytest.mark.parametrize("rule", [made(), MetaLSTM().double(), Policy(4).double()])
+def test_a_missing_gradient_is_told(rule: rules.Rule) -> None:
+    params = {"w": torch.ones(3).double(), "b": torch.ones(()).double()}
+    with pytest.raises(SettingError, match=r"each of the parameters \['w', 'b'\], got \['w'\]\. Pass zeros"):
+        rule.update({"w": params["w"]}, rule.init(params), params, LOSS)
+
+
+@pytest.mark.parametrize("rule", [made(), MetaLSTM().double()])
+def test_the_state_of_another_batch_is_told(rule: rules.Rule, untyped: None) -> None:
+    params = {"w": torch.ones(3).double()}
+    _, state = rule.update(params, rule.init(params), params, LOSS)
+    params = {"w": torch.ones(5).double()}
+    with pytest.raises(ShapeError, match="state of 5 coordinates must have as many rows, or one for all, got 3"):
+        rule.update(params, state, params, LOSS)
 
 
 @pytest.mark.parametrize("trainer", [Backpropagation(steps=4), EvolutionStrategy(steps=4, pairs=1)])

@@ -11,6 +11,7 @@ from torch import nn
 
 from recollect.errors import DtypeError, LabelError, NonFiniteError, SettingError, ShapeError
 from recollect.meta.access import LRUAccess, NTMAccess
+from recollect.meta.hyper_lstm import HyperLSTMCell
 from recollect.meta.labels import Labels, by_instance, instances, offset
 from recollect.meta.mann import MANN, LSTMBaseline
 
@@ -161,6 +162,21 @@ def test_wrong_inputs(kind: type, inputs: torch.Tensor, error: type[Exception], 
 def test_wrong_settings(settings: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         MANN(4, 3, **settings)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_only_a_mann_has_a_baseline() -> None:
+    for wrong in ("x", MANN, LSTMBaseline(4, 3)):
+        with pytest.raises(SettingError, match=r"mann must be a MANN, such as MANN\(405, 5\), got"):
+            LSTMBaseline.like(wrong)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_wrong_numbers_of_episodes() -> None:
+    for model in (small(), LRUAccess(6), NTMAccess(6), HyperLSTMCell(4, 6)):
+        for wrong in (-1, 2.0, None):
+            with pytest.raises(SettingError, match=f"batch must be a whole number of at least 0, got {wrong}"):
+                model.initial(wrong)
 
 
 @pytest.mark.parametrize("kind", [MANN, LSTMBaseline])

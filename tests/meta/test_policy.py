@@ -261,6 +261,17 @@ def test_margin_of_victory() -> None:
             close(margins[name][step], sum(wins) / 5)
 
 
+def test_who_diverges_loses() -> None:
+    nan, inf = math.nan, math.inf
+    losses = {"a": [[1.0, 1.0], [1.0, nan]], "b": [[2.0, nan], [nan, inf]], "c": [[4.0, 3.0], [5.0, nan]]}
+    margins = margin_of_victory({name: torch.tensor(rows).double() for name, rows in losses.items()})
+    close(margins["a"], torch.tensor([(1 + 2) / 2, 4 / 2]))  # in the last problem all diverge: a margin of 0
+    close(margins["b"], torch.tensor([-inf, -inf]))
+    close(margins["c"], torch.tensor([(-3 - 2) / 2, -4 / 2]))
+    ahead = margin_of_victory({"a": torch.ones(1, 2), "b": torch.full((1, 2), nan)})
+    assert ahead["a"].tolist() == [inf]
+
+
 # Errors
 
 
@@ -295,6 +306,21 @@ def test_margins_need_tensors_of_two_dimensions(untyped: None) -> None:
         margin_of_victory({"a": torch.ones(3), "b": torch.ones(3)})
     with pytest.raises(DtypeError, match="the losses of 'b' must be a tensor, got list"):
         margin_of_victory({"a": torch.ones(3, 5), "b": [1.0]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.long, torch.complex64, "float"])
+def test_problems_are_of_floating_point_numbers(family: Callable[..., Problem], dtype: object, untyped: None) -> None:
+    with pytest.raises(DtypeError, match=r"such as dtype=torch\.float64, got dtype="):
+        family(3, dtype=dtype)
+
+
+def test_a_history_of_another_batch_is_refused(untyped: None) -> None:
+    policy, params = made(), draw((5,))
+    _, state = policy.update(params, policy.init(params), params, torch.ones(5, dtype=torch.float64))
+    for rows, loss in (((4,), torch.ones(4).double()), ((), torch.ones(()).double())):
+        with pytest.raises(ShapeError, match=r"got that of \(5,\)\. Is it that of another batch"):
+            policy.update(draw(rows), state, draw(rows), loss)
 
 
 def test_another_number_of_parameters_is_refused() -> None:

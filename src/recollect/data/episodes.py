@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from recollect.data.images import Images
-from recollect.errors import DtypeError, SettingError, ShapeError, require_number, require_tensor, require_whole
+from recollect.errors import (
+    DtypeError,
+    SettingError,
+    ShapeError,
+    require,
+    require_number,
+    require_tensor,
+    require_whole,
+)
 
 
 class Episodes(NamedTuple):
@@ -70,7 +78,7 @@ def episodes(
 
     Raises:
         SettingError: If a number is below 1, there are more ways than classes or more images asked for than a class
-            has, ``classes`` is empty or names a row twice or one that is not there.
+            has, ``classes`` is empty or names a row twice or one that is not there, or ``generator`` is none.
         ShapeError, DtypeError: If ``images`` and ``classes`` are not what they should be, or images to be turned are
             not square.
 
@@ -88,6 +96,7 @@ def episodes(
     for name, number in (("tasks", tasks), ("ways", ways), ("shots", shots), ("queries", queries)):
         require_whole(name, number)
     _check(images, classes, ways=ways, each=shots + queries, what=f"shots + queries = {shots} + {queries}")
+    _require_generator(generator)
     chosen = _rows(classes, tasks, ways, generator)
     places = _distinct((tasks, ways), images.shape[1], shots + queries, generator).transpose(1, 2)
     rows = chosen[:, None].expand_as(places)
@@ -143,6 +152,7 @@ def sequences(
     for name, number in (("tasks", tasks), ("ways", ways), ("instances", instances)):
         require_whole(name, number)
     _check(images, classes, ways=ways, each=instances, what=f"instances = {instances}")
+    _require_generator(generator)
     chosen = _rows(classes, tasks, ways, generator)
     places = _distinct((tasks, ways), images.shape[1], instances, generator).flatten(1)
     turns = _turns((tasks, ways), generator) if turned else None
@@ -174,7 +184,7 @@ def jittered(
         generator: The source of angles and shifts.
 
     Raises:
-        SettingError: If ``angle`` or ``shift`` is no number of at least 0.
+        SettingError: If ``angle`` or ``shift`` is no number of at least 0, or ``generator`` is none.
         ShapeError, DtypeError: If ``images`` are no images of floating-point numbers.
 
     Example:
@@ -184,6 +194,7 @@ def jittered(
     """
     require_number("angle", angle, low=0.0)
     require_number("shift", shift, low=0.0)
+    _require_generator(generator)
     require_tensor("images", images)
     if images.dim() < 2:
         raise ShapeError(f"images must have shape (..., height, width), got {tuple(images.shape)}.")
@@ -218,7 +229,8 @@ def class_split(
         generator: The source of choices; the same seed gives the same groups.
 
     Raises:
-        SettingError: If there are fewer classes than asked for, a class is named twice, or a size is below 1.
+        SettingError: If there are fewer classes than asked for, a class is named twice, a size is below 1, or
+            ``generator`` is none.
 
     Example:
         >>> import torch
@@ -238,6 +250,7 @@ def class_split(
             f"got {sizes}. Ask for fewer."
         )
     _refuse_twice(classes)
+    _require_generator(generator)
     order = torch.randperm(len(classes), generator=generator, device=generator.device).to(classes.device)
     groups = classes[order[: sum(sizes)]].split(list(sizes))
     return tuple(group.sort().values for group in groups)
@@ -295,6 +308,10 @@ def _check(images: Tensor, classes: Tensor, *, ways: int, each: int, what: str) 
         )
     if each > images.shape[1]:
         raise SettingError(f"{what} must be at most {images.shape[1]}, the images of a class. Ask for fewer.")
+
+
+def _require_generator(generator: torch.Generator) -> None:
+    require("generator", generator, torch.Generator, "a source of draws, such as torch.Generator().manual_seed(0)")
 
 
 def _refuse_twice(classes: Tensor) -> None:

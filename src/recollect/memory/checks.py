@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from recollect.errors import DeviceError, DtypeError, NonFiniteError, SettingError, ShapeError, require_tensor
+from recollect.errors import (
+    DeviceError,
+    DtypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    require,
+    require_tensor,
+    require_whole,
+)
 from recollect.memory.index import compute_dtype
 
 
@@ -16,6 +25,18 @@ class Storage(Protocol):
 
     keys: Tensor
     values: Tensor
+
+
+def check_value_settings(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuses what values cannot be made of.
+
+    Raises:
+        SettingError: If ``shape`` is no tuple of whole numbers, or ``dtype`` no dtype.
+    """
+    require("value_shape", shape, tuple, "a tuple, such as (3,) for three numbers or () for a label")
+    for size in shape:
+        require_whole("each of value_shape", size, low=0)
+    require("value_dtype", dtype, torch.dtype, "a dtype, such as torch.long")
 
 
 def check_entries(

@@ -19,7 +19,15 @@ from recollect.errors import (
     require_whole,
 )
 from recollect.kernels import Kernel, inverse_distance
-from recollect.memory.checks import check_entries, check_limit, check_neighbors, check_queries, check_slots, too_large
+from recollect.memory.checks import (
+    check_entries,
+    check_limit,
+    check_neighbors,
+    check_queries,
+    check_slots,
+    check_value_settings,
+    too_large,
+)
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import compute_dtype
 from recollect.memory.placing import assign
@@ -63,7 +71,8 @@ class NeuralDictionary(nn.Module):
             labels, have no between: they are replaced, whatever the rate.
 
     Raises:
-        SettingError: If a size is not a positive whole number, or ``rate`` is not from 0 to 1.
+        SettingError: If a size is not a positive whole number, ``value_shape`` no tuple of whole numbers,
+            ``value_dtype`` no dtype, or ``rate`` is not from 0 to 1.
         DtypeError: If keys cannot be stored as ``key_dtype``.
 
     Example:
@@ -101,6 +110,7 @@ class NeuralDictionary(nn.Module):
         if key_dtype not in _KEY_DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _KEY_DTYPES)
             raise DtypeError(f"keys that are trained can be stored as one of {allowed}, got key_dtype={key_dtype}.")
+        check_value_settings(value_shape, value_dtype)
         require_number("rate", rate, low=0.0)
         if rate > 1:
             raise SettingError(

@@ -12,6 +12,7 @@ from recollect.memory.checks import (
     check_neighbors,
     check_queries,
     check_slots,
+    check_value_settings,
     overflows,
     too_large,
 )
@@ -51,8 +52,9 @@ class EpisodicMemory(nn.Module):
             stays until its slot is needed.
 
     Raises:
-        SettingError: If a size is not a positive whole number, ``history`` is negative, or the index cannot hide
-            what is too old (see ``WindowIndex``).
+        SettingError: If a size is not a positive whole number, ``value_shape`` no tuple of whole numbers,
+            ``value_dtype`` no dtype, ``history`` negative, or the index cannot hide what is too old (see
+            ``WindowIndex``).
         DtypeError: If keys cannot be stored as ``key_dtype``.
 
     Example:
@@ -89,6 +91,7 @@ class EpisodicMemory(nn.Module):
         if key_dtype not in _KEY_DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _KEY_DTYPES)
             raise DtypeError(f"keys can be stored as one of {allowed}, got key_dtype={key_dtype}.")
+        check_value_settings(value_shape, value_dtype)
         self.history, slots = history, capacity + history
         self.register_buffer("keys", torch.zeros(slots, key_size, dtype=key_dtype))
         self.register_buffer("values", torch.zeros(slots, *value_shape, dtype=value_dtype))

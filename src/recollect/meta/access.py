@@ -126,7 +126,12 @@ class LRUAccess(nn.Module):
         self.heads = drawn(nn.Linear(inputs, sum(self._sizes), device="meta"), inputs, generator)
 
     def initial(self, batch: int) -> LRUState:
-        """Returns the state before the first step of ``batch`` sequences: nothing read, nothing used."""
+        """Returns the state before the first step of ``batch`` sequences: nothing read, nothing used.
+
+        Raises:
+            SettingError: If ``batch`` is no whole number of at least 0.
+        """
+        require_whole("batch", batch, low=0)
         zeros = self.heads.weight.new_zeros
         memory = self.heads.weight.new_full((batch, self.slots, self.width), EMPTY)
         return LRUState(memory, zeros(batch, self.slots), zeros(batch, self.reads, self.slots))
@@ -234,7 +239,12 @@ class NTMAccess(nn.Module):
         self.changes = drawn(nn.Linear(inputs, writes * 2 * width, device="meta"), inputs, generator)
 
     def initial(self, batch: int) -> NTMState:
-        """Returns the state before the first step of ``batch`` sequences: nothing written, all heads at slot 0."""
+        """Returns the state before the first step of ``batch`` sequences: nothing written, all heads at slot 0.
+
+        Raises:
+            SettingError: If ``batch`` is no whole number of at least 0.
+        """
+        require_whole("batch", batch, low=0)
         memory = self.reading.weight.new_full((batch, self.slots, self.width), EMPTY)
         weights = memory.new_zeros(batch, self.reads + self.writes, self.slots)
         weights[:, :, 0] = 1.0

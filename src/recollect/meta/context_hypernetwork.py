@@ -8,7 +8,16 @@ from torch.nn.functional import linear
 from recollect.adaptation import Head
 from recollect.adaptation.local import Adapter
 from recollect.adaptation.workspace import workspace
-from recollect.errors import DtypeError, HeadError, SettingError, ShapeError, require_number, require_whole
+from recollect.errors import (
+    DtypeError,
+    HeadError,
+    SettingError,
+    ShapeError,
+    require,
+    require_number,
+    require_tensor,
+    require_whole,
+)
 from recollect.likelihoods import Categorical, Likelihood
 from recollect.memory import Context
 from recollect.meta.initial import drawn
@@ -118,10 +127,14 @@ class ContextHypernetwork(nn.Module):
         Raises:
             HeadError: If the head is no ``nn.Linear``, or of other keys.
             ShapeError: If queries and context are not of these keys, or not of as many queries.
-            DtypeError: If they or this network are not of the head's dtype, or labels are no whole numbers.
+            DtypeError: If they or this network are not of the head's dtype, queries are no tensor, or labels no whole
+                numbers.
+            SettingError: If ``context`` is something else.
             LabelError: If a label is not one of the head's outputs.
         """
         head = self._checked(head)
+        require_tensor("queries", queries)
+        require("context", context, Context, "what memory.read(queries, neighbors) returns")
         count = context.weights.shape[-1:].numel()
         shapes = tuple(queries.shape), tuple(context.keys.shape)
         if shapes != ((len(queries), self.key_size), (len(queries), count, self.key_size)):

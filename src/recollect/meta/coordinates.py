@@ -24,6 +24,7 @@ def flatten(tensors: Params, loss: Float[Tensor, "*b"], *, like: Params) -> Floa
         like: Says in which order they come, as for ``unflatten``.
 
     Raises:
+        SettingError: If a tensor is missing.
         ShapeError: If a tensor does not have as many rows as there are losses.
 
     Example:
@@ -31,6 +32,11 @@ def flatten(tensors: Params, loss: Float[Tensor, "*b"], *, like: Params) -> Floa
         >>> flatten(params, torch.zeros(5), like=params).shape
         torch.Size([5, 8])
     """
+    if not like.keys() <= tensors.keys():
+        raise SettingError(
+            f"a rule needs a tensor for each of the parameters {list(like)}, got {list(tensors)}. Pass zeros where "
+            "there is no gradient."
+        )
     rows, ordered = loss.shape, {name: tensors[name] for name in like}
     for name, tensor in ordered.items():
         if tensor.shape[: len(rows)] != rows:
@@ -114,8 +120,17 @@ class LSTMStep(nn.Module):
         self.bias = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound, generator=generator))
 
     def forward(self, inputs: Float[Tensor, "n i"], state: State) -> State:
-        """Returns the next hidden and cell state; a state of one row serves any number of coordinates."""
+        """Returns the next hidden and cell state; a state of one row serves any number of coordinates.
+
+        Raises:
+            ShapeError: If the state is that of another number of coordinates.
+        """
         count = len(inputs)
+        if len(state[0]) not in (1, count):
+            raise ShapeError(
+                f"the state of {count} coordinates must have as many rows, or one for all, got {len(state[0])}. Is it "
+                "that of another batch? Begin with rule.init(params)."
+            )
         parts = (inputs, *(part.expand(count, -1) for part in state))
         if count <= _BLOCK:
             return self._block(*parts)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from recollect.adaptation.rules import Params, Rule
-from recollect.errors import NonFiniteError, SettingError, ShapeError, require, require_number, require_whole
+from recollect.errors import NonFiniteError, SettingError, ShapeError, require_number, require_whole
 from recollect.meta.coordinates import flatten, unflatten
 from recollect.meta.linear_gaussian import LinearGaussian, Quadratic, divergence, lqr, regression, surprise, times
 from recollect.meta.objectives import Problem
-from recollect.meta.training import OPTIMIZER, require_task, unrolled
+from recollect.meta.training import backward, require_optimizer, require_task, unrolled
 
 _PENALTIES = tuple(10.0**power for power in range(-3, 4))
 """eta, relative to nu: which are tried."""
@@ -123,6 +123,8 @@ class GuidedPolicySearch:
     - The first trajectories are the policy's own; there those of momentum. (The experiment ``learned-optimizer`` lets
       the policy imitate momentum first.)
     - eta is one of a row, not found by dual ascent. nu does not change.
+    - The policy's parameters are fitted by one pass of the optimizer over the samples in each ``step`` (ours), not by a
+      full minimization.
 
     It remembers the controllers from step to step: pass the same problems each time. Any rule serves that can be
     differentiated in its parameters.
@@ -179,13 +181,14 @@ class GuidedPolicySearch:
             generator: Draws the noise, and the order of the samples; torch's global random state does when None.
 
         Raises:
-            SettingError: If the problems are not those of the last call, or an argument is something else.
+            SettingError: If the problems are not those of the last call, an argument is something else, or the policy
+                has nothing to learn.
             ShapeError: If there are no problems side by side, with one loss for each.
             NonFiniteError: If a loss, an answer of the policy or a derivative is not finite. The parameters stay as
                 they were; the next call begins anew.
         """
         require_task(rule, problem)
-        require("optimizer", optimizer, Optimizer, OPTIMIZER)
+        require_optimizer(optimizer)
         memory, start = self._memory, _start(problem)
         if memory is not None and not torch.equal(memory.start, start):
             raise SettingError(
@@ -307,8 +310,7 @@ class GuidedPolicySearch:
             answer = torch.stack(answers)
             away = answer - targets[:, sample]
             pulled = memory.dual * answer + self.penalty / 2 * away * times(precision, away)
-            optimizer.zero_grad()
-            pulled.sum(-1).mean().backward()
+            backward(pulled.sum(-1).mean(), optimizer)
             optimizer.step()
 
 

@@ -118,7 +118,12 @@ class HyperLSTMCell(nn.Module):
         self.hyper_norm.shift[_FORGET] = 1.0
 
     def initial(self, batch: int) -> HyperLSTMState:
-        """Returns the state at the beginning of ``batch`` sequences: zeros."""
+        """Returns the state at the beginning of ``batch`` sequences: zeros.
+
+        Raises:
+            SettingError: If ``batch`` is no whole number of at least 0.
+        """
+        require_whole("batch", batch, low=0)
         hidden, hyper = (self.weight_hh.new_zeros(batch, size) for size in (self.hidden_size, self.hyper_size))
         return HyperLSTMState(hidden, hidden, hyper, hyper)
 

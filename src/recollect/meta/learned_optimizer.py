@@ -78,7 +78,9 @@ class LSTMOptimizer(nn.Module):
         """Returns what to add to the parameters, and the next state; see ``Rule``.
 
         Raises:
-            ShapeError: If there are losses ``(b,)``, but not as many rows in each parameter.
+            SettingError: If a gradient is missing.
+            ShapeError: If there are losses ``(b,)``, but not as many rows in each parameter, or the state is that of
+                another number of parameters.
         """
         flat = flatten(grads, loss, like=params).to(self.output.weight.dtype)
         values = flat.reshape(-1, 1) if self.p is None else log_and_sign(flat.reshape(-1), self.p)

@@ -13,6 +13,7 @@ from recollect.errors import (
     NonFiniteError,
     SettingError,
     ShapeError,
+    require,
     require_choice,
     require_tensor,
     require_whole,
@@ -100,7 +101,12 @@ class MANN(nn.Module):
         self.output = drawn(nn.Linear(hidden + reads, outputs, device="meta"), hidden + reads, generator)
 
     def initial(self, batch: int) -> MANNState:
-        """Returns the state at the beginning of ``batch`` episodes."""
+        """Returns the state at the beginning of ``batch`` episodes.
+
+        Raises:
+            SettingError: If ``batch`` is no whole number of at least 0.
+        """
+        require_whole("batch", batch, low=0)
         zeros = self.output.weight.new_zeros
         reads = zeros(batch, self.output.in_features - self.hidden)
         return MANNState(zeros(batch, self.hidden), zeros(batch, self.hidden), reads, self.access.initial(batch))
@@ -185,12 +191,16 @@ class LSTMBaseline(nn.Module):
     def like(cls, mann: MANN, *, generator: torch.Generator | None = None) -> "LSTMBaseline":
         """Returns the LSTM for the same inputs and outputs whose number of parameters is nearest to the MANN's.
 
+        Raises:
+            SettingError: If ``mann`` is none.
+
         Example:
             >>> mann = MANN(405, 5)
             >>> lstm = LSTMBaseline.like(mann)
             >>> lstm.hidden, sum(p.numel() for p in lstm.parameters()), sum(p.numel() for p in mann.parameters())
             (247, 647392, 648369)
         """
+        require("mann", mann, MANN, "a MANN, such as MANN(405, 5)")
         inputs, outputs, wanted = mann.inputs, mann.outputs, sum(p.numel() for p in mann.parameters())
 
         def surplus(hidden: int) -> int:

@@ -79,7 +79,9 @@ class MetaLSTM(nn.Module):
         """Returns what to add to the parameters, and the next state; see ``Rule``.
 
         Raises:
-            ShapeError: If there are losses ``(b,)``, but not as many rows in each parameter.
+            SettingError: If a gradient is missing.
+            ShapeError: If there are losses ``(b,)``, but not as many rows in each parameter, or the state is that of
+                another number of parameters.
         """
         dtype = self.bias.dtype
         theta, gradient = (flatten(tensors, loss, like=params).to(dtype) for tensors in (params, grads))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from recollect.adaptation.rules import Params
-from recollect.errors import SettingError, ShapeError, require_tensor, require_whole
+from recollect.errors import DtypeError, SettingError, ShapeError, require_tensor, require_whole
 
 _DECAY = 5e-4  # lambda of Li and Malik (2017)
 
@@ -40,13 +40,14 @@ def quadratics(
 
     Raises:
         SettingError: If a size is no whole number above 0.
+        DtypeError: If ``dtype`` is not one of floating-point numbers.
 
     Example:
         >>> problem = quadratics(128, generator=torch.Generator().manual_seed(0))
         >>> problem.objective(problem.start).shape
         torch.Size([128])
     """
-    _require(count=count, dimension=dimension)
+    _require(dtype, count=count, dimension=dimension)
     draw = _normal(generator, dtype)
     matrix, target = draw(count, dimension, dimension), draw(count, dimension)
 
@@ -69,13 +70,14 @@ def logistic_regression(
 
     Raises:
         SettingError: If a size is no whole number above 0.
+        DtypeError: If ``dtype`` is not one of floating-point numbers.
 
     Example:
         >>> problem = logistic_regression(90, generator=torch.Generator().manual_seed(0))
         >>> {name: tuple(p.shape) for name, p in problem.start.items()}
         {'weight': (90, 3), 'bias': (90,)}
     """
-    _require(count=count, dimension=dimension)
+    _require(dtype, count=count, dimension=dimension)
     draw = _normal(generator, dtype)
     points = _clusters(draw, count, 2, 50, dimension)
     labels = torch.arange(2, device=points.device).repeat_interleave(50).to(dtype).expand(count, -1)
@@ -101,13 +103,14 @@ def robust_regression(
 
     Raises:
         SettingError: If a size is no whole number above 0.
+        DtypeError: If ``dtype`` is not one of floating-point numbers.
 
     Example:
         >>> problem = robust_regression(120, generator=torch.Generator().manual_seed(0))
         >>> bool((problem.objective(problem.start) < 1).all())
         True
     """
-    _require(count=count, dimension=dimension)
+    _require(dtype, count=count, dimension=dimension)
     draw = _normal(generator, dtype)
     points = draw(count, 4, 1, dimension) + draw(count, 4, 25, dimension)
     vectors, biases = draw(count, 4, dimension, 1), draw(count, 4, 1)
@@ -133,13 +136,14 @@ def relu_network(
 
     Raises:
         SettingError: If a size is no whole number above 0.
+        DtypeError: If ``dtype`` is not one of floating-point numbers.
 
     Example:
         >>> problem = relu_network(80, generator=torch.Generator().manual_seed(0))
         >>> sum(p[0].numel() for p in problem.start.values())
         12
     """
-    _require(count=count, size=size)
+    _require(dtype, count=count, size=size)
     draw = _normal(generator, dtype)
     points = _clusters(draw, count, 4, 25, size)
     labels = (torch.arange(4, device=points.device) % size).repeat_interleave(25).expand(count, -1)
@@ -154,6 +158,9 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
 
     Paper: Li and Malik (2017): the lowest loss that another optimizer has on the problem at that step, less the
     optimizer's own. Above zero it wins.
+
+    *Ours:* NaN counts as infinite, as the steps have diverged, which is worst. Where the best of the others is as
+    infinite, the margin is 0.
 
     Args:
         losses: Of each optimizer, at the start and after each step, of each problem; all on the same problems.
@@ -176,8 +183,10 @@ def margin_of_victory(losses: dict[str, Float[Tensor, "t b"]]) -> dict[str, Floa
             f"all losses must be of the same shape (steps, problems), got {shapes}. Let each optimizer take as many "
             "steps on the same problems."
         )
-    others = {name: torch.stack([loss for rival, loss in losses.items() if rival != name]) for name in losses}
-    return {name: (others[name].amin(0) - own).mean(1) for name, own in losses.items()}
+    losses = {name: loss.masked_fill(loss.isnan(), torch.inf) for name, loss in losses.items()}
+    best = {name: torch.stack([loss for rival, loss in losses.items() if rival != name]).amin(0) for name in losses}
+    # Of equal ones the difference is 0, where infinity less infinity would be NaN.
+    return {name: (best[name] - own).masked_fill(best[name] == own, 0.0).mean(1) for name, own in losses.items()}
 
 
 def _squares(params: Params, *, matrix: Float[Tensor, "b n n"], target: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
@@ -207,9 +216,11 @@ def _network(params: Params, *, points: Float[Tensor, "b p d"], labels: Int[Tens
     return cross_entropy(logits.mT, labels, reduction="none").mean(-1) + _DECAY / 2 * squares
 
 
-def _require(**sizes: int) -> None:
+def _require(dtype: torch.dtype, **sizes: int) -> None:
     for name, size in sizes.items():
         require_whole(name, size)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise DtypeError(f"problems are of floating-point numbers, such as dtype=torch.float64, got dtype={dtype!r}.")
 
 
 def _normal(generator: torch.Generator | None, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -80,8 +80,9 @@ class Policy(nn.Module):
         """Returns what to add to the parameters, and the next state; see ``Rule``.
 
         Raises:
+            SettingError: If a gradient is missing.
             ShapeError: If the parameters are not as many numbers as the policy moves, or there are losses ``(b,)``, but
-                not as many rows in each parameter.
+                not as many rows in each parameter, or the state is that of another batch.
         """
         weight = self.output.weight
         gradient, value = flatten(grads, loss, like=params).to(weight.dtype), loss.to(weight.dtype)
@@ -91,6 +92,11 @@ class Policy(nn.Module):
                 "Make a Policy for these, or pass RuleOptimizer(..., joint=True) if it saw only some of them."
             )
         rows, length = loss.shape, state[0].shape[-1]
+        if state[0].shape[:-1] not in (rows, torch.Size([])):
+            raise ShapeError(
+                f"the history must be that of losses of shape {tuple(rows)}, got that of {tuple(state[0].shape[:-1])}. "
+                "Is it that of another batch? Begin with policy.init(params)."
+            )
         values, gradients = state[0].expand(*rows, length), state[1].expand(*rows, length, len(weight))
         now, recent = value.unsqueeze(-1), torch.cat([gradient.unsqueeze(-2), gradients], -2)
         seen = recent[..., : self.history, :] if self.current else gradients

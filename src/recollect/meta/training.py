@@ -18,7 +18,7 @@ from recollect.errors import NonFiniteError, SettingError, require, require_numb
 from recollect.meta.coordinates import mapped
 from recollect.meta.objectives import Problem
 
-OPTIMIZER = "a torch.optim.Optimizer of the rule's parameters, such as torch.optim.Adam(rule.parameters())"
+_OPTIMIZER = "a torch.optim.Optimizer of the rule's parameters, such as torch.optim.Adam(rule.parameters())"
 
 
 class Trajectory(NamedTuple):
@@ -145,19 +145,18 @@ class Backpropagation:
             generator: Not needed: nothing is random here.
 
         Raises:
-            SettingError: If an argument is something else.
+            SettingError: If an argument is something else, or the rule has nothing to learn.
             NonFiniteError: If the meta-loss is not finite. The parameters stay as they were before that part.
         """
         require_task(rule, problem)
-        require("optimizer", optimizer, Optimizer, OPTIMIZER)
+        require_optimizer(optimizer)
         state, means = rule.init(problem.start), list[Tensor]()
         length = self.truncation or self.steps
         for begin in range(0, self.steps, length):
             steps = min(length, self.steps - begin)
             part = unrolled(rule, problem, steps=steps, state=state, first_order=self.first_order)
             curve = _mean(part.losses)
-            optimizer.zero_grad()
-            _meta_loss(curve, self.weights, begin).backward()
+            backward(_meta_loss(curve, self.weights, begin), optimizer)
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(_held(optimizer), self.clip)
             optimizer.step()
@@ -218,11 +217,11 @@ class EvolutionStrategy:
             generator: Draws the changes; torch's global random state does when None.
 
         Raises:
-            SettingError: If an argument is something else.
+            SettingError: If an argument is something else, or the rule has nothing to learn.
             NonFiniteError: If a meta-loss is not finite. The parameters stay as they were.
         """
         require_task(rule, problem)
-        require("optimizer", optimizer, Optimizer, OPTIMIZER)
+        require_optimizer(optimizer)
         params, curves = _held(optimizer), list[Tensor]()
         kept = [p.clone() for p in params]
         gradients = [torch.zeros_like(p) for p in params]
@@ -281,6 +280,11 @@ def train(
         True
     """
     require_whole("iterations", iterations)
+    if not callable(family):
+        raise SettingError(
+            "family must be a function that draws a Problem by a generator, such as "
+            f"lambda g: quadratics(16, generator=g), got {family!r}."
+        )
     require("trainer", trainer, Trainer, "Backpropagation(...) or EvolutionStrategy(...)")
     curves = [
         trainer.step(rule, family(generator), optimizer=optimizer, generator=generator) for _ in range(iterations)
@@ -296,6 +300,36 @@ def require_task(rule: Rule, problem: Problem) -> None:
     """
     require("rule", rule, Rule, "a rule with init and update, such as LSTMOptimizer()")
     require("problem", problem, Problem, "a Problem(objective, start), such as quadratics(8)")
+
+
+def require_optimizer(optimizer: Optimizer) -> None:
+    """Refuses what is no optimizer, or holds nothing to change.
+
+    Raises:
+        SettingError: If it does not.
+    """
+    require("optimizer", optimizer, Optimizer, _OPTIMIZER)
+    if not _held(optimizer):
+        raise SettingError(
+            "the optimizer must hold parameters that require a gradient, got none: nothing could be learned. Call "
+            "rule.requires_grad_() first."
+        )
+
+
+def backward(loss: Float[Tensor, ""], optimizer: Optimizer) -> None:
+    """Computes the gradients of a loss, in place of those that the optimizer's parameters have.
+
+    Raises:
+        SettingError: If it depends on none of them.
+    """
+    optimizer.zero_grad()
+    if loss.requires_grad:
+        loss.backward()
+    if all(p.grad is None for p in _held(optimizer)):
+        raise SettingError(
+            "the rule's steps must depend on parameters that the optimizer holds and that require a gradient, got "
+            "steps that depend on none. Pass the optimizer of this rule, and leave torch.no_grad()."
+        )
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
