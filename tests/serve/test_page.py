@@ -110,7 +110,7 @@ def test_a_nine_is_drawn_taught_predicted_forgotten_and_remembered_again(browser
     page.close()
 
 
-def test_a_class_that_was_never_seen_is_one_click_and_a_double_click_teaches_once(
+def test_a_class_that_was_never_seen_is_one_click_and_a_double_click_counts_once(
     browser: Browser, server: Running
 ) -> None:
     page = opened(browser, server)
@@ -121,6 +121,11 @@ def test_a_class_that_was_never_seen_is_one_click_and_a_double_click_teaches_onc
     expect(page.locator("#after")).to_have_text("9")
     assert len(server.engine.memory) == 46
     expect(page.get_by_role("button", name="Remember this as 9, a new class")).to_have_count(0)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.method))
+    page.get_by_role("button", name="Forget this memory of 9").dblclick()
+    says(page, "Forgotten")
+    assert sent.count("DELETE") == 1
     page.close()
 
 
