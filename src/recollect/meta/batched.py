@@ -10,10 +10,11 @@ from torch.func import functional_call, vmap
 
 from recollect.adaptation.shell import aliases, empty_shell, select
 from recollect.errors import DtypeError, HeadError, ShapeError, require
-from recollect.meta.batch_norm import batch_norm
+from recollect.meta.folded import batch_norm, convolution
 
 _NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm, which may keep running statistics
-_FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # itself, not what is made of it
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # themselves, not what is made of them
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RANDOM = (nn.modules.dropout._DropoutNd,)
 _RECURRENT = (nn.RNNBase, nn.LSTMCell)
 _REFUSALS = ("vmap", "Batching rule", "Batch norm got a batched tensor")  # how the messages of torch.func begin
@@ -51,8 +52,10 @@ class Batched:
             if isinstance(part, _NORMS):
                 part.track_running_stats = False
                 part.running_mean = part.running_var = part.num_batches_tracked = None
-            if isinstance(part, _FOLDED) and type(part) in _FOLDED:
+            if isinstance(part, _BATCH_NORMS) and type(part) in _BATCH_NORMS:
                 part.__dict__["forward"] = partial(_normalize, part)
+            elif isinstance(part, _CONVOLUTIONS) and type(part) in _CONVOLUTIONS:
+                part.__dict__["forward"] = partial(convolution, layer=part)
         self._buffers = tuple(name for name, _ in self._shell.named_buffers(remove_duplicate=False))
         self._first = aliases(net)
 
