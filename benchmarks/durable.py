@@ -61,20 +61,20 @@ def _writer(memory: DurableMemory | EpisodicMemory, rows: int, batch: int, devic
 
 
 def _fill(group: str, slots: int, folder: Path, device: torch.device) -> Case:
-    """Writes into a memory that is made anew for each call, which is counted."""
+    """Makes a memory and fills it."""
     numbers = itertools.count()
 
     def fill(sync: Sync) -> Call:
         def call() -> None:
             new = folder / str(next(numbers))
             with DurableMemory(new, slots, _SIZE, sync=sync).to(device) as memory:
-                _writer(memory, _TURN, _BATCH, device)()
+                _writer(memory, slots, _BATCH, device)()
             shutil.rmtree(new)
 
         return call
 
     contenders = {"recollect": fill("full"), 'sync="normal"': fill("normal")}
-    return _writing(group, f"first fill, batches of {_BATCH}", contenders, slots)
+    return _writing(group, f"made and filled, batches of {_BATCH}", contenders, slots, rows=slots)
 
 
 def _overwrite(group: str, memory: DurableMemory, beside: EpisodicMemory, folder: Path, device: torch.device) -> Case:
@@ -90,15 +90,20 @@ def _overwrite(group: str, memory: DurableMemory, beside: EpisodicMemory, folder
 
 
 def _writing(
-    group: str, label: str, contenders: dict[str, Call], slots: int, fewer: dict[str, int] | None = None
+    group: str,
+    label: str,
+    contenders: dict[str, Call],
+    slots: int,
+    fewer: dict[str, int] | None = None,
+    rows: int = _TURN,
 ) -> Case:
     return Case(
         group=group,
         label=label,
         contenders=contenders,
         ours="recollect",
-        work=floors.write(_TURN, _SIZE, ring=slots),
-        queries=_TURN,
+        work=floors.write(rows, _SIZE, ring=slots),
+        queries=rows,
         fewer=fewer or {},
         derived=_per_second,
     )
