@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import floors, memories
 from benchmarks.case import Call, Case
 from recollect import DurableMemory, EpisodicMemory
-from recollect.memory.database import Sync
+from recollect.memory.durable.database import Sync
 
 NAME = "durable"
 TITLE = "A memory on disk"

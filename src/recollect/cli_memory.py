@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 from recollect.errors import FormatError, MissingDataError, SettingError
 from recollect.experiments.runner import Progress
-from recollect.memory import DurableMemory, EpisodicMemory, contents, opening
-from recollect.memory.contents import Advance
-from recollect.memory.database import Database, Settings, sync
-from recollect.memory.locking import holder
-from recollect.memory.verifying import problems
+from recollect.memory import DurableMemory, EpisodicMemory
+from recollect.memory.durable import contents, opening
+from recollect.memory.durable.contents import Advance
+from recollect.memory.durable.database import Database, Settings, sync
+from recollect.memory.durable.locking import holder
+from recollect.memory.durable.verifying import problems
 
 _FORMAT = {"format": "recollect memory", "version": "1"}  # in the metadata of an export
 _MOST_PROBLEMS = 20  # lines

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from recollect import DurableMemory, EpisodicMemory, LocalAdaptation, MbPA, load, rules, save
 from recollect.cli_memory import main as memory_command
 from recollect.errors import MissingDataError
-from recollect.memory.verifying import problems
+from recollect.memory.durable.verifying import problems
 
 CAPACITY, KEY, CLASSES = 700, 64, 5
 VERSIONS = 3  # files that are imported in turns: one from before the last can be told from the last and the next

@@ -40,9 +40,9 @@ from recollect.errors import (
     SettingError,
     StorageError,
 )
-from recollect.memory import records
-from recollect.memory.records import Layout, Records
-from recollect.memory.verifying import problems
+from recollect.memory.durable import records
+from recollect.memory.durable.records import Layout, Records
+from recollect.memory.durable.verifying import problems
 
 ROOT = Path(__file__).parents[2]
 CAPACITY, KEY, CLASSES = 40, 6, 5

@@ -9,7 +9,7 @@ import torch
 
 from recollect import DurableMemory, EpisodicMemory
 from recollect.errors import FormatError
-from recollect.memory import contents, records
+from recollect.memory.durable import contents, records
 
 SLOTS, KEY = 30, 4
 

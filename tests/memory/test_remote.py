@@ -28,8 +28,9 @@ from recollect import (
 )
 from recollect.errors import LockedError, MissingExtraError, RecollectError, SettingError, UnreachableError
 from recollect.kernels import Kernel, inverse_distance
-from recollect.memory import Context, collection
-from recollect.memory.connection import Connection, _reason
+from recollect.memory import Context
+from recollect.memory.milvus import collection
+from recollect.memory.milvus.connection import Connection, _reason
 
 KEY, CAPACITY = 6, 30
 Open = Callable[..., MilvusMemory]

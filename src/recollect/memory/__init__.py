@@ -6,8 +6,8 @@ from recollect.memory.durable import DurableMemory
 from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.exact import ExactIndex
 from recollect.memory.index import Index
+from recollect.memory.milvus import MilvusMemory
 from recollect.memory.protocol import Context, Memory
-from recollect.memory.remote import MilvusMemory
 from recollect.memory.static import Static
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any
 from recollect.errors import SettingError
 from recollect.mbpa import MbPA
 from recollect.memory import DurableMemory, EpisodicMemory
-from recollect.memory.database import exists, sync
-from recollect.memory.locking import holder
+from recollect.memory.durable.database import exists, sync
+from recollect.memory.durable.locking import holder
 from recollect.serve.journal import Journal
 from recollect.serve.service import Service
 

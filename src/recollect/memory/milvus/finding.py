@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recollect.kernels import Kernel
-from recollect.memory.collection import MOST, Collection
 from recollect.memory.episodic import EpisodicMemory
+from recollect.memory.milvus.collection import MOST, Collection
+from recollect.memory.milvus.rows import Kept, Rows, Stamps
 from recollect.memory.protocol import Context
-from recollect.memory.rows import Kept, Rows, Stamps
 
 _SPARE = 16  # candidates beyond the neighbors, or a quarter of them: what rounds as equal there, may not be equal here
 

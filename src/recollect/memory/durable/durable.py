@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from recollect.errors import SettingError, StorageError, require_choice
 from recollect.kernels import Kernel, inverse_distance
-from recollect.memory import contents, opening
 from recollect.memory.checks import check_entries, check_slots
-from recollect.memory.contents import Contents, new_ring
-from recollect.memory.database import State, Sync
+from recollect.memory.durable import contents, opening
+from recollect.memory.durable.contents import Contents, new_ring
+from recollect.memory.durable.database import State, Sync
+from recollect.memory.durable.records import Records
 from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.index import Index
 from recollect.memory.protocol import Context, Entries
-from recollect.memory.records import Records
 
 
 class DurableMemory(nn.Module):

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from recollect.errors import MissingDataError, SettingError, StorageError
-from recollect.memory import contents, database
-from recollect.memory.contents import Contents, new_ring
-from recollect.memory.database import Database, Settings, Sync
+from recollect.memory.durable import contents, database
+from recollect.memory.durable.contents import Contents, new_ring
+from recollect.memory.durable.database import Database, Settings, Sync
+from recollect.memory.durable.locking import FolderLock
 from recollect.memory.index import Index
-from recollect.memory.locking import FolderLock
 
 
 def prepare(folder: Path, given: dict[str, Any], index: Index | None) -> FolderLock:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from recollect.errors import FormatError
 from recollect.memory.checks import too_large
-from recollect.memory.contents import Advance
-from recollect.memory.database import Database, State, check_header
+from recollect.memory.durable.contents import Advance
+from recollect.memory.durable.database import Database, State, check_header
 
 
 def problems(folder: Path, *, advance: Advance = lambda slots: None) -> list[str]:

@@ -26,7 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from recollect.errors import FormatError, MissingDataError, StorageError
-from recollect.memory.records import Layout
+from recollect.memory.durable.records import Layout
 
 _FILE = "memory.sqlite"
 _MAGIC = b"SQLite format 3\0"

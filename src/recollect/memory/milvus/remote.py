@@ -27,10 +27,10 @@ from recollect.errors import (
 )
 from recollect.kernels import Kernel, inverse_distance
 from recollect.memory.checks import check_entries, check_limit, check_neighbors, check_queries, check_slots
-from recollect.memory.collection import MOST, Collection
-from recollect.memory.finding import Finder
+from recollect.memory.milvus.collection import MOST, Collection
+from recollect.memory.milvus.finding import Finder
+from recollect.memory.milvus.rows import Kept, Rows, Settings, Stamps
 from recollect.memory.protocol import Context
-from recollect.memory.rows import Kept, Rows, Settings, Stamps
 
 Result = TypeVar("Result")
 

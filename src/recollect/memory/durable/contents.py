@@ -9,10 +9,10 @@ from torch import Tensor
 
 from recollect.errors import NonFiniteError, SettingError
 from recollect.memory.checks import too_large
-from recollect.memory.database import Database, Settings, State
+from recollect.memory.durable.database import Database, Settings, State
+from recollect.memory.durable.records import Records, order
 from recollect.memory.episodic import EpisodicMemory
 from recollect.memory.index import Index
-from recollect.memory.records import Records, order
 
 _TOGETHER = 8  # blocks that are unpacked at once: many save calls, and too many leave the caches
 Advance = Callable[[int], None]  # is told how many slots are done

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recollect.errors import SettingError
-from recollect.memory.connection import Connection
-from recollect.memory.rows import Rows, Settings, Stamps, as_texts, from_texts
+from recollect.memory.milvus.connection import Connection
+from recollect.memory.milvus.rows import Rows, Settings, Stamps, as_texts, from_texts
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
