@@ -10,7 +10,7 @@ import torch
 from servers.keeper import PYTHON, TOKEN, Server
 from torch import nn
 
-from recollect import LocalAdaptation, MbPA, MilvusMemory, rules
+from recollect import EpisodicMemory, LocalAdaptation, MbPA, MilvusMemory, rules
 from recollect.errors import LockedError, SettingError, UnreachableError
 
 if PYTHON is None:
@@ -87,6 +87,18 @@ def test_consistency(server: Server) -> None:
     for level in ("bounded", "eventually"):
         memory = open_memory(server, "level_session", consistency=level)
         assert sorted(memory.read(keys[0], 9).values.tolist()) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("index", [None, "HNSW"])
+def test_what_each_index_finds(server: Server, index: str | None) -> None:
+    """Exact search, the default, finds all that the ring finds; HNSW most of it."""
+    memory, ring = open_memory(server, f"index_{index}", index=index), EpisodicMemory(CAPACITY, KEY)
+    keys = torch.randn(CAPACITY, KEY, generator=torch.Generator().manual_seed(0))
+    for each in (memory, ring):
+        each.write(keys, torch.arange(CAPACITY))
+    found, true = (each.read(keys[:20] + 0.1, 10).slots for each in (memory, ring))
+    recall = (found.unsqueeze(2) == true.unsqueeze(1)).any(2).float().mean().item()
+    assert torch.equal(found, true) if index is None else 0.5 < recall <= 1.0
 
 
 def test_two_writers_at_once(server: Server) -> None:

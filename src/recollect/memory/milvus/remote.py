@@ -89,7 +89,8 @@ class MilvusMemory:
         consistency: "session", "strong", "bounded" or "eventually".
         writer: Which of the writers this one is.
         writers: How many there are: a property of the collection.
-        index: "HNSW", or "FLAT" for exact search (in milvus-lite a few queries at a time, as it needs much memory).
+        index: "FLAT" for exact search, or "HNSW". When None "FLAT" on a server, whose HNSW misses many of the newest
+            entries, and "HNSW" in a file, where exact search is slow.
         links: M of HNSW.
         construction: efConstruction of HNSW.
         ef: How many nodes an HNSW search follows; never fewer than it is to find. docs/milvus.md says
@@ -129,7 +130,7 @@ class MilvusMemory:
         consistency: str = "session",
         writer: int = 0,
         writers: int = 1,
-        index: str = "HNSW",
+        index: str | None = None,
         links: int = 16,
         construction: int = 128,
         ef: int = 128,
@@ -146,7 +147,7 @@ class MilvusMemory:
             value_shape=tuple(value_shape),
             value_dtype=value_dtype,
             writers=writers,
-            index=index,
+            index=("FLAT" if "://" in str(uri) else "HNSW") if index is None else index,
             links=links,
             construction=construction,
             ef=ef,
