@@ -31,6 +31,9 @@ test: environment ## all tests
 
 # The server listens on every interface it finds: it is given a network that has none but the loopback.
 test-milvus: environment $(MILVUS_STAMP) ## the memory in Milvus on a real server, which it installs, in four minutes
+	@unshare --net --map-root-user true || { \
+		echo 'The server needs a network of its own: Linux with unshare (util-linux) that may make user namespaces.' >&2; \
+		exit 1; }
 	@RECOLLECT_MILVUS="$$PWD/.venv-milvus/bin/python" \
 		unshare --net --map-root-user $(BIN)/python -m pytest tests/servers $(ARGS)
 

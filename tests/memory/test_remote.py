@@ -333,6 +333,17 @@ def test_a_forked_process_is_told(open_memory: Open) -> None:
     assert len(memory) == 5
 
 
+def test_a_loaded_collection_is_taken_as_it_is(open_memory: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To load it again would leave it one replica, or be refused."""
+    memory = open_memory()
+    memory.write(*pairs(5))
+    loads = []
+    monkeypatch.setattr(MilvusClient, "load_collection", lambda *args, **settings: loads.append(args))
+    other = open_memory()
+    assert len(other) == 5
+    assert loads == []
+
+
 # What is refused
 
 

@@ -220,6 +220,8 @@ class Collection:
 
     def _prepare(self, client: "MilvusClient") -> None:
         """Makes the collection, or checks that it is the right one, and loads it."""
+        from pymilvus.client.types import LoadState
+
         settings, name, timeout = self.settings, self.settings.name, self.settings.timeout
         if not client.has_collection(name, timeout=timeout):
             self._create(client)
@@ -233,7 +235,8 @@ class Collection:
         index = client.describe_index(name, "key", timeout=timeout)
         if index is None:
             index = self._add_index(client)
-        client.load_collection(name, timeout=timeout)
+        if client.get_load_state(name, timeout=timeout).get("state") != LoadState.Loaded:
+            client.load_collection(name, timeout=timeout)  # else it may have more replicas than this would leave it
         notes = self._texts(client, f"slot in [{_SETTINGS}]")
         size = int(fields["key"]["params"]["dim"])
         if not notes and size == settings.key_size and not self._texts(client, "slot >= 0"):  # it is being made
