@@ -33,9 +33,9 @@ def test_five_lines_of_the_readme_turn_its_first_example_into_a_service(tmp_path
         with command(*what, folder=tmp_path, PYTHONPATH=PATH) as service:
             with httpx.Client(base_url=service.url, timeout=60) as client:
                 assert client.get("/readyz").json()["entries"] == entries
-                content = {"inputs": [[0.5] * 64], "labels": ["9"], "idempotency_key": "readme"}
+                content = {"inputs": [[[0.5] * 8] * 8], "labels": ["9"], "idempotency_key": "readme"}
                 assert client.post("/v1/observe", json=content).json()["entries"] == 201
-                (prediction,) = client.post("/v1/predict", json={"inputs": [[0.5] * 64]}).json()["predictions"]
+                (prediction,) = client.post("/v1/predict", json={"inputs": content["inputs"]}).json()["predictions"]
                 assert prediction["label"] == "9"
             service.process.send_signal(signal.SIGTERM)
             assert service.ended() == 0

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from recollect.serve.journal import Journal
 from recollect.serve.service import Service
 
 _JOURNAL = "service.sqlite"
+_NEW = 60.0  # seconds in which who has just made a folder has surely locked it
 
 
 def kept(service: Service) -> Service:
@@ -74,8 +76,8 @@ def _copy(given: EpisodicMemory, settings: dict[str, Any], folder: Path) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     leftover = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.partial")
     for path in folder.parent.iterdir():
-        if leftover.fullmatch(path.name) and holder(path) is None:  # nobody is making it
-            shutil.rmtree(path)
+        if leftover.fullmatch(path.name) and _is_old(path) and holder(path) is None:  # nobody is making it
+            shutil.rmtree(path, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
     try:
         with DurableMemory(partial, **settings) as copy:
@@ -86,3 +88,10 @@ def _copy(given: EpisodicMemory, settings: dict[str, Any], folder: Path) -> None
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _NEW
+    except FileNotFoundError:  # another process was faster
+        return False
