@@ -69,6 +69,16 @@ def test_three_derivatives_against_the_formula(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+    """The same values, and the same derivatives by the leaves."""
+    torch.testing.assert_close(found, expected)
+    push = drawn(*found.shape, seed=7)
+    for got, right in zip(
+        torch.autograd.grad(found, leaves, push), torch.autograd.grad(expected, leaves, push), strict=True
+    ):
+        torch.testing.assert_close(got, right)
+
+
 @pytest.mark.parametrize("dims", [(0, 0, 0), (1, 1, 0), (2, None, None), (None, 0, 1), (3, None, 0), (None, None, 0)])
 def test_many_tasks(dims: tuple[int | None, ...]) -> None:
     parts = [drawn(*shape, seed=seed) for seed, shape in enumerate([(5, 3, 4), (3,), (3,)])]
@@ -83,12 +93,7 @@ def test_many_tasks(dims: tuple[int | None, ...]) -> None:
         for task in range(2)
     ]
     expected = torch.stack([written_out(*own) for own in each])
-    torch.testing.assert_close(found, expected)
-    push = drawn(*found.shape, seed=7)
-    for got, right in zip(
-        torch.autograd.grad(found, leaves, push), torch.autograd.grad(expected, leaves, push), strict=True
-    ):
-        torch.testing.assert_close(got, right)
+    assert_same(found, expected, leaves)
 
 
 def test_a_single_number_has_no_statistics() -> None:
@@ -170,12 +175,7 @@ def test_convolutions_of_many_tasks(name: str, dims: tuple[int | None, ...]) -> 
             for task in range(2)
         ]
     )
-    torch.testing.assert_close(found, expected)
-    push = drawn(*found.shape, seed=7)
-    for got, right in zip(
-        torch.autograd.grad(found, leaves, push), torch.autograd.grad(expected, leaves, push), strict=True
-    ):
-        torch.testing.assert_close(got, right)
+    assert_same(found, expected, leaves)
 
 
 def test_an_image_alone_is_no_batch() -> None:
